@@ -1,0 +1,51 @@
+"""ChatPose on Hugging Face: a LLaVA that answers with 3D human poses."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+
+try:
+    __version__ = version("chatpose_hf")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+_EXPORTS = {
+    "ChatPoseConfig": "configuration_chatpose",
+    "ChatPoseForConditionalGeneration": "modeling_chatpose",
+    "ChatPoseGenerateOutput": "modeling_chatpose",
+    "ChatPoseOutput": "modeling_chatpose",
+    "ChatPosePipeline": "pipeline_chatpose",
+    "ChatPoseProcessor": "processing_chatpose",
+    "vicuna_chat_template": "processing_chatpose",
+}
+
+if TYPE_CHECKING:
+    from .configuration_chatpose import ChatPoseConfig
+    from .modeling_chatpose import ChatPoseForConditionalGeneration, ChatPoseGenerateOutput, ChatPoseOutput
+    from .pipeline_chatpose import ChatPosePipeline
+    from .processing_chatpose import ChatPoseProcessor, vicuna_chat_template
+
+__all__ = [*_EXPORTS, "__version__", "register_auto_classes"]
+
+
+def register_auto_classes() -> None:
+    """Makes `AutoConfig`, `AutoModel...`, `AutoProcessor` and `pipeline` know ChatPose without remote code."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto import modeling_auto
+
+    from . import configuration_chatpose, modeling_chatpose, processing_chatpose
+
+    config_class = configuration_chatpose.ChatPoseConfig
+    AutoConfig.register("chatpose", config_class, exist_ok=True)
+    AutoProcessor.register(config_class, processing_chatpose.ChatPoseProcessor, exist_ok=True)
+    for name in modeling_chatpose.AUTO_CLASSES:
+        auto_class = getattr(modeling_auto, name)
+        auto_class.register(config_class, modeling_chatpose.ChatPoseForConditionalGeneration, exist_ok=True)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        register_auto_classes()
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

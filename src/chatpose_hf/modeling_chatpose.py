@@ -1,0 +1,562 @@
+"""ChatPose: a LLaVA whose `<POSE>` tokens carry a 3D human pose (Feng et al., CVPR 2024).
+
+The last-layer hidden state at the position that predicts `<POSE>` goes through a small MLP to 24 joint rotations in
+SMPL's order. Everything else is `LlavaForConditionalGeneration`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessor,
+)
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_chatpose import ChatPoseConfig
+from .rotations import rot6d_to_rotmat
+
+
+# Weight renames are looked up by model type: without this line a published LLaVA (`language_model.model...`) would load
+# into ChatPose with a random lm_head and no error.
+register_checkpoint_conversion_mapping("chatpose", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+
+
+@dataclass
+class ChatPoseOutput(ModelOutput):
+    """
+    Output of [`ChatPoseForConditionalGeneration.forward`]. `B` rows, `T` tokens, `P` poses, `J` joints.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*):
+            `ce_loss_weight * ce_loss + pose_loss_weight * pose_loss`, when `labels` are given.
+        logits (`torch.Tensor` of shape `(B, T, vocab_size)`):
+            Scores of the next token.
+        pose_rotmats (`torch.Tensor` of shape `(P, J, 3, 3)`, *optional*):
+            One pose for each `<POSE>` label, in row-major order, float32, camera frame; joint 0 is the global
+            orientation. Given with `labels`.
+        ce_loss, pose_loss (`torch.Tensor` of shape `()`, *optional*):
+            The two terms of the loss before their weights, detached.
+        last_hidden_state (`torch.Tensor` of shape `(B, T, hidden_size)`):
+            The last layer's state after the final norm, at the positions that `logits` covers.
+        past_key_values, hidden_states, attentions, image_hidden_states:
+            As in [`~transformers.LlavaForConditionalGeneration`].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    pose_rotmats: Tensor | None = None
+    ce_loss: Tensor | None = None
+    pose_loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class ChatPoseGenerateOutput(ModelOutput):
+    """
+    Output of [`ChatPoseForConditionalGeneration.generate`] with `return_dict_in_generate=True`: transformers' fields
+    and the `P` poses of all sequences, ordered by sequence, then by position.
+
+    Args:
+        sequences (`torch.Tensor` of shape `(S, L)`):
+            Prompts and answers; `S` is the batch size times `num_return_sequences`.
+        pose_rotmats (`torch.Tensor` of shape `(P, J, 3, 3)`):
+            The pose of each generated `<POSE>`, float32, camera frame.
+        pose_sequence_index (`torch.Tensor` of shape `(P,)`):
+            The row of `sequences` that each pose belongs to.
+        pose_token_positions (`torch.Tensor` of shape `(P,)`):
+            The column of `sequences` where each pose's `<POSE>` stands.
+        prompt_length (`int`):
+            Columns of `sequences` that are prompt.
+        sequences_scores, scores, logits, beam_indices, attentions, hidden_states, past_key_values:
+            As in [`~transformers.generation.GenerateDecoderOnlyOutput`] and its beam form.
+    """
+
+    sequences: Tensor | None = None
+    pose_rotmats: Tensor | None = None
+    pose_sequence_index: Tensor | None = None
+    pose_token_positions: Tensor | None = None
+    prompt_length: int | None = None
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None
+
+
+class PoseHead(nn.Module):
+    """g_Theta of the paper: Linear, ReLU, Linear to 6 numbers a joint, Gram-Schmidt. Runs in float32."""
+
+    def __init__(self, config: ChatPoseConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        head_size = config.pose_head_hidden_size or hidden_size
+        self.linear_1 = nn.Linear(hidden_size, head_size)
+        self.linear_2 = nn.Linear(head_size, 6 * config.num_pose_joints)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(..., hidden_size)` to rotation matrices `(..., J, 3, 3)`, float32."""
+        # Autocast would bring the 6D numbers back to 8 bits of mantissa, which is degrees of rotation.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            features = self.linear_1(hidden_states.to(self.linear_1.weight.dtype)).relu()
+            return rot6d_to_rotmat(self.linear_2(features).float().unflatten(-1, (-1, 6)))
+
+
+def compute_pose_loss(pose_rotmats: Tensor, pose_labels: Tensor, pose_mask: Tensor | None = None) -> Tensor:
+    """
+    The original's pose loss for each pose: mean absolute difference of the body's rotation matrices plus that of the
+    global orientation, which so weighs as much as the whole body (`hmr_loss` of model/chatpose.py, before the mean).
+
+    Args:
+        pose_rotmats (`torch.Tensor` of shape `(P, J, 3, 3)`): predictions.
+        pose_labels (`torch.Tensor` of shape `(P, J, 3, 3)`): targets.
+        pose_mask (`torch.Tensor` of shape `(P, J)`, *optional*): nonzero where a joint is supervised; default all.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`; zero for a pose without a supervised joint.
+    """
+    mask = torch.ones_like(pose_rotmats[..., 0, 0]) if pose_mask is None else (pose_mask > 0).to(pose_rotmats)
+    # What stands in an unsupervised slot may be anything, NaN included: replace it, do not multiply it by zero.
+    pose_labels = torch.where(mask[..., None, None] > 0, pose_labels.to(pose_rotmats), pose_rotmats.detach())
+    joint_error = (pose_rotmats - pose_labels).abs().mean((-2, -1)) * mask
+    body_error = joint_error[:, 1:].sum(-1) / mask[:, 1:].sum(-1).clamp(min=1)
+    return body_error + joint_error[:, 0]
+
+
+class PoseStateCollector:
+    """What `generate` remembers for the pose head: one hidden state a row and step, and where the answer starts."""
+
+    def __init__(self):
+        self.states: list[Tensor] = []
+        self.prompt_length = 0
+
+
+class ForcePoseLogitsProcessor(LogitsProcessor):
+    """
+    Makes every answer contain a pose: where the model would end an answer without one, or has no room left to wait,
+    it says the lead-in words and `<POSE>` first. Answers that bring a pose by themselves stay as they are.
+
+    Args:
+        pose_token_id (`int`): id of `<POSE>`.
+        lead_in_ids (`list[int]`): token ids said before `<POSE>`; may be empty.
+        eos_token_ids (`list[int]`): tokens that end an answer.
+        prompt_length (`int`): columns of `input_ids` that are prompt; a `<POSE>` there is text.
+        max_length (`int`): length at which generation stops.
+        rows_per_prompt (`int`): beams, or sequences, that share one prompt.
+    """
+
+    def __init__(
+        self,
+        pose_token_id: int,
+        lead_in_ids: list[int],
+        eos_token_ids: list[int],
+        prompt_length: int,
+        max_length: int,
+        rows_per_prompt: int = 1,
+    ):
+        self.pose_token_id = pose_token_id
+        self.phrase = [*lead_in_ids, pose_token_id]
+        self.eos_token_ids = eos_token_ids
+        self.prompt_length = prompt_length
+        self.max_length = max_length
+        self.rows_per_prompt = rows_per_prompt
+        # Answers (prompt, tokens) after which the phrase began: by content, because beam search moves rows about.
+        self.begun: set[tuple[int, ...]] = set()
+
+    def _words_said(self, prompt: int, answer: list[int]) -> int | None:
+        """How many words of the phrase the answer ends with; None where the phrase has not begun."""
+        for words in range(min(len(self.phrase) - 1, len(answer)), -1, -1):
+            before = len(answer) - words
+            if (prompt, *answer[:before]) in self.begun and answer[before:] == self.phrase[:words]:
+                return words
+        return None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        room = self.max_length - input_ids.shape[1]
+        wants_end = torch.isin(scores.argmax(-1), scores.new_tensor(self.eos_token_ids, dtype=torch.long)).tolist()
+        scores = scores.clone()
+        for row, answer in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            if self.pose_token_id in answer:
+                continue
+            prompt = row // self.rows_per_prompt
+            words = self._words_said(prompt, answer)
+            if words is None and wants_end[row]:
+                self.begun.add((prompt, *answer))
+                words = 0
+            if room <= len(self.phrase):
+                words = max(words or 0, len(self.phrase) - room)
+            if words is None:
+                scores[row, self.eos_token_ids] = -torch.inf
+            else:
+                scores[row] = -torch.inf
+                scores[row, self.phrase[words]] = 0
+        return scores
+
+
+class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
+    """
+    A LLaVA that answers with `<POSE>` tokens and decodes each into SMPL joint rotations.
+
+    Trains with `forward(labels=..., pose_labels=...)`, answers with `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        config ([`ChatPoseConfig`]): the LLaVA's configuration with the pose token and the head's sizes.
+    """
+
+    config: ChatPoseConfig
+    # float16 and bfloat16 are too coarse for rotations; the head is some thousandth of the model.
+    _keep_in_fp32_modules_strict = {"pose_head"}  # noqa: RUF012 - the name and the type that transformers reads
+
+    def __init__(self, config: ChatPoseConfig):
+        super().__init__(config)
+        self.pose_head = PoseHead(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # The layer, not the head: for remote code transformers skips modules that hold no weight of their own.
+        pose_head = getattr(self, "pose_head", None)
+        if pose_head is not None and module is pose_head.linear_2:
+            # The rest pose, facing the camera: from a random start single joints stay in half-turn minima of the L1.
+            rest_rot6d = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).repeat(self.config.num_pose_joints, 1)
+            rest_rot6d[0, 4] = -1.0
+            init.copy_(module.bias, rest_rot6d.flatten())
+
+    @classmethod
+    def from_llava(cls, base: str | None = None, *, processor, text_model=None, vision_tower=None, **kwargs):
+        """
+        Starts a ChatPose from a LLaVA-1.5 checkpoint, or from a language model and a vision tower of your choice. The
+        pose head is new; so is the projector where the towers come apart.
+
+        Args:
+            base (`str`, *optional*):
+                Hub id or folder of a LLaVA-1.5 in transformers' layout, such as "llava-hf/llava-1.5-7b-hf".
+            processor ([`ChatPoseProcessor`]):
+                The processor of the same base; its tokenizer says the ids of `<POSE>` and `<image>`.
+            text_model (`str` or `PreTrainedModel`, *optional*):
+                Hub id or folder of a causal language model, or a loaded one; instead of `base`.
+            vision_tower (`str` or `PreTrainedModel`, *optional*):
+                Hub id or folder of a CLIP-like vision model, or a loaded one; with `text_model`.
+            kwargs:
+                Passed to `from_pretrained` (`dtype`, `device_map`, `revision`, ...); fields of [`ChatPoseConfig`] are
+                set in the configuration.
+
+        Returns:
+            [`ChatPoseForConditionalGeneration`], its embeddings grown to hold `<POSE>` where they did not.
+
+        Raises:
+            ValueError: when neither or both kinds of base are given, or the base's weights do not fit.
+
+        Example:
+
+        ```python
+        processor = ChatPoseProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+        model = ChatPoseForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf", processor=processor)
+        ```
+        """
+        has_towers = text_model is not None and vision_tower is not None
+        if (base is not None) == has_towers or (text_model is None) != (vision_tower is None):
+            raise ValueError(
+                "expected `base`, or `text_model` and `vision_tower` together, got "
+                f"base={base!r}, text_model={text_model!r}, vision_tower={vision_tower!r}"
+            )
+        token_ids = {"pose_token_id": processor.pose_token_id, "image_token_index": processor.image_token_id}
+        token_ids["pose_lead_in_ids"] = processor.pose_lead_in_ids
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in ChatPoseConfig.__annotations__}
+        if base is not None:
+            llava = LlavaConfig.from_pretrained(
+                base, **{k: v for k, v in kwargs.items() if k in ("revision", "token")}
+            )
+            settings = {k: v for k, v in llava.to_dict().items() if k not in ("model_type", "architectures")}
+            config = ChatPoseConfig(**{**settings, **token_ids, **fields})
+            model, info = cls.from_pretrained(base, config=config, output_loading_info=True, **kwargs)
+            wrong = [key for key in info["missing_keys"] if not key.startswith("pose_head.")]
+            wrong += [*info["unexpected_keys"], *info["mismatched_keys"]]
+            if wrong:
+                raise ValueError(
+                    f"{base!r} is not a LLaVA-1.5 checkpoint this version can start from: only the pose head may be "
+                    f"missing, but these weights are missing, left over or of another shape: {sorted(map(str, wrong))}"
+                )
+        else:
+            if isinstance(text_model, str):
+                text_model = AutoModelForCausalLM.from_pretrained(text_model, **kwargs)
+            if isinstance(vision_tower, str):
+                tower_config = AutoConfig.from_pretrained(vision_tower)
+                tower_config = getattr(tower_config, "vision_config", tower_config)
+                vision_tower = type(AutoModel.from_config(tower_config)).from_pretrained(vision_tower, **kwargs)
+            config = ChatPoseConfig(
+                vision_config=vision_tower.config.to_dict(),
+                text_config=text_model.config.to_dict(),
+                image_seq_length=processor.num_image_tokens,
+                vision_feature_select_strategy=processor.vision_feature_select_strategy,
+                tie_word_embeddings=text_model.config.tie_word_embeddings,
+                **{**token_ids, **fields},
+            )
+            model = cls(config).to(text_model.dtype)
+            model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+            model.model.language_model.load_state_dict(text_model.base_model.state_dict())
+            model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
+            model.tie_weights()
+            model.generation_config = GenerationConfig.from_model_config(text_model.config)
+            if text_model.generation_config is not None:
+                model.generation_config = text_model.generation_config
+            model.to(text_model.device)
+        vocabulary = len(processor.tokenizer)
+        if vocabulary > model.get_input_embeddings().num_embeddings:
+            # A multiple of 64 keeps the matrix products of the output layer on the hardware's fast path.
+            model.resize_token_embeddings(vocabulary, pad_to_multiple_of=64)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(model.generation_config, name) is None:
+                setattr(model.generation_config, name, getattr(processor.tokenizer, name))
+        return model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pose_labels: Tensor | None = None,
+        pose_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_poses_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> ChatPoseOutput:
+        """
+        One pass over the tokens. `B` rows, `T` tokens, `P` poses, `J` joints.
+
+        A `<POSE>` in `input_ids` is text; a `<POSE>` in `labels` is a pose: the state before it is decoded, and
+        compared with its row of `pose_labels` where those are given.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`):
+                Tokens, with one `<image>` token for each vision feature.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, H, W)`, *optional*):
+                The pictures of all rows, in order; rows without one are welcome.
+            attention_mask, position_ids, past_key_values, inputs_embeds, logits_to_keep, mm_encoder_outputs:
+                As in [`~transformers.LlavaForConditionalGeneration`].
+            labels (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Tokens to learn, -100 elsewhere; shifted here.
+            pose_labels (`torch.Tensor` of shape `(P, J, 3, 3)`, *optional*):
+                Rotation matrices, camera frame, one for each `<POSE>` in `labels` in row-major order. More rows may
+                follow as padding when `pose_mask` is zero for them.
+            pose_mask (`torch.Tensor` of shape `(P, J)`, *optional*):
+                Nonzero where a joint is supervised; all are by default.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Label tokens of the whole accumulated batch, as the Trainer counts them; divides the CE sum.
+            num_poses_in_batch (`torch.Tensor` or `int`, *optional*):
+                Poses with a supervised joint in the whole accumulated batch; divides the pose sum. Without it the
+                mean over this batch's poses is taken, weighted by this batch's share of the label tokens.
+
+        Returns:
+            [`ChatPoseOutput`].
+
+        Raises:
+            ValueError: when `pose_labels` and the `<POSE>` labels do not match.
+        """
+        if mm_encoder_outputs is not None:  # new in 5.2x: `generate` encodes the pictures once, before it adds beams
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        last_hidden_state = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        result = ChatPoseOutput(
+            last_hidden_state=last_hidden_state[:, kept],
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        result.logits = self.lm_head(result.last_hidden_state)
+        if labels is None:
+            if pose_labels is not None:
+                raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
+            return result
+
+        scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        ce_loss = self.loss_function(
+            logits=result.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **scale
+        )
+        is_pose = labels[:, 1:] == self.config.pose_token_id
+        result.pose_rotmats = self.pose_head(last_hidden_state[:, :-1][is_pose])
+        pose_errors = self._pose_errors(result.pose_rotmats, is_pose, pose_labels, pose_mask)
+        if pose_errors is None:
+            # DDP waits for every trained weight's gradient: a batch without poses still runs the head, for nothing.
+            pose_loss = self.pose_head(last_hidden_state[:1, 0]).sum() * 0.0
+        else:
+            errors, num_poses = pose_errors
+            if num_poses_in_batch is not None:
+                pose_loss = errors.sum() / num_poses_in_batch
+            else:
+                pose_loss = errors.sum() / num_poses.clamp(min=1)
+                if num_items_in_batch is not None:
+                    pose_loss = pose_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+        result.loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
+        result.ce_loss, result.pose_loss = ce_loss.detach(), pose_loss.detach()
+        return result
+
+    def _pose_errors(self, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor] | None:
+        """Each pose's error and the number of supervised poses; None where there is nothing to compare."""
+        num_tokens = pose_rotmats.shape[0]
+        if pose_labels is None:
+            return None
+        num_joints = self.config.num_pose_joints
+        if pose_labels.shape[1:] != (num_joints, 3, 3):
+            raise ValueError(
+                f"expected `pose_labels` of shape (P, {num_joints}, 3, 3), got {tuple(pose_labels.shape)}"
+            )
+        if pose_mask is not None and pose_mask.shape != pose_labels.shape[:2]:
+            raise ValueError(
+                f"expected `pose_mask` of shape {tuple(pose_labels.shape[:2])}, got {tuple(pose_mask.shape)}"
+            )
+        padding = pose_labels.shape[0] - num_tokens
+        if padding < 0 or (padding > 0 and (pose_mask is None or (pose_mask[num_tokens:] > 0).any())):
+            raise ValueError(
+                f"expected one row of `pose_labels` for each `<POSE>` in `labels`, got {pose_labels.shape[0]} poses "
+                f"for {num_tokens} tokens ({is_pose.sum(-1).tolist()} in the rows of the batch); check the poses "
+                "against the messages, and that truncation cut no `<POSE>`"
+            )
+        if num_tokens == 0:
+            return None
+        pose_labels = pose_labels[:num_tokens]
+        pose_mask = None if pose_mask is None else pose_mask[:num_tokens]
+        num_poses = pose_rotmats.new_tensor(num_tokens) if pose_mask is None else (pose_mask > 0).any(-1).sum()
+        return compute_pose_loss(pose_rotmats, pose_labels, pose_mask), num_poses
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, *args, force_pose: bool = False, **kwargs):
+        """
+        Generates as every transformers model does, and decodes each generated `<POSE>`.
+
+        The states that predict the tokens are kept as they go by, one vector a token; no second pass is made and no
+        other layer's states are kept. A `<POSE>` in the prompt is text and is not decoded.
+
+        Args:
+            inputs, generation_config, args, kwargs:
+                As in [`~transformers.GenerationMixin.generate`].
+            force_pose (`bool`, *optional*, defaults to `False`):
+                Make every answer contain a pose: an answer that would end without one goes on with the words of
+                `config.pose_lead_in_ids` and `<POSE>`.
+
+        Returns:
+            `torch.Tensor` of token ids, or [`ChatPoseGenerateOutput`] with `return_dict_in_generate=True`.
+        """
+        settings = generation_config if generation_config is not None else self.generation_config
+        returns_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        collector = PoseStateCollector() if returns_dict else None
+        if force_pose:
+            kwargs["force_pose"] = True
+        output = super().generate(inputs, generation_config, *args, pose_states=collector, **kwargs)
+        if collector is None or not isinstance(output, ModelOutput):
+            return output
+
+        answers = output.sequences[:, collector.prompt_length :]
+        sequence_index, steps = torch.nonzero(answers == self.config.pose_token_id, as_tuple=True)
+        # A beam's tokens were predicted in other rows than the one it ended in.
+        beam_indices = output.get("beam_indices")
+        rows = sequence_index if beam_indices is None else beam_indices[sequence_index, steps]
+        states = torch.cat(collector.states, dim=1)
+        device = states.device
+        return ChatPoseGenerateOutput(
+            **output,
+            pose_rotmats=self.pose_head(states[rows.to(device), steps.to(device)]),
+            pose_sequence_index=sequence_index,
+            pose_token_positions=steps + collector.prompt_length,
+            prompt_length=collector.prompt_length,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, pose_states=None, force_pose=False, **kwargs):
+        """Leaves out what is meant for `generate` alone; their names stand here so that it accepts them."""
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
+        collector = model_kwargs.get("pose_states")
+        if collector is not None:
+            # A copy, because the next step of a compiled model overwrites its outputs. Assisted decoding runs over
+            # more candidates than it accepts: the first `num_new_tokens` states predicted what was kept.
+            collector.states.append(outputs.last_hidden_state[:, :num_new_tokens].clone())
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, model_kwargs=None, **kwargs):
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
+        )
+        model_kwargs = model_kwargs or {}
+        if model_kwargs.get("pose_states") is not None:
+            model_kwargs["pose_states"].prompt_length = input_ids_seq_length
+        if model_kwargs.get("force_pose"):
+            eos_token_id = generation_config.eos_token_id
+            eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+            processors.append(
+                ForcePoseLogitsProcessor(
+                    pose_token_id=self.config.pose_token_id,
+                    lead_in_ids=list(self.config.pose_lead_in_ids or ()),
+                    eos_token_ids=[token_id for token_id in eos_token_ids if token_id is not None],
+                    prompt_length=input_ids_seq_length,
+                    max_length=generation_config.max_length,
+                    rows_per_prompt=max(generation_config.num_beams, generation_config.num_return_sequences),
+                )
+            )
+        return processors
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # A draft model would refuse, and copy, what belongs to this call.
+        own = ("pose_states", "force_pose")
+        draft_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(*args, model_kwargs=draft_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configuration and the code files that `trust_remote_code=True` loads."""
+        # The import also makes transformers copy the pipeline's file: it follows the relative imports of this one.
+        from .pipeline_chatpose import ChatPosePipeline
+
+        self.config.custom_pipelines = {
+            "image-text-to-pose": {
+                "impl": f"pipeline_chatpose.{ChatPosePipeline.__name__}",
+                "pt": ["AutoModelForImageTextToText"],
+                "type": "multimodal",
+                "default": {},
+            }
+        }
+        self.config.auto_map = {
+            "AutoConfig": "configuration_chatpose.ChatPoseConfig",
+            **dict.fromkeys(AUTO_CLASSES, "modeling_chatpose.ChatPoseForConditionalGeneration"),
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+# The Auto classes that load this model from a folder with `trust_remote_code=True`.
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+ChatPoseForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

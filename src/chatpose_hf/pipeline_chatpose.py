@@ -1,0 +1,125 @@
+"""The pipeline "image-text-to-pose": words and pictures in, words and SMPL poses out."""
+
+from transformers import Pipeline
+
+from .modeling_chatpose import ChatPoseForConditionalGeneration
+from .processing_chatpose import ChatPoseProcessor
+
+
+class ChatPosePipeline(Pipeline):
+    """
+    Answers texts, texts with pictures, and chats; batches, runs on any device, streams over data sets.
+
+    Args:
+        kwargs: as in [`~transformers.Pipeline`]; `model` and `processor` are needed.
+
+    Example:
+
+    ```python
+    pipe = pipeline("image-text-to-pose", model=folder, trust_remote_code=True)
+    reply = pipe("a man proposing marriage, can you give the SMPL pose of this person?")
+    reply["text"], reply["poses"][0]["theta"]
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    model: ChatPoseForConditionalGeneration
+    processor: ChatPoseProcessor
+
+    def _sanitize_parameters(self, generate_kwargs=None, skip_special_tokens=None, **kwargs):
+        forward_kwargs = {**(generate_kwargs or {}), **kwargs}
+        if skip_special_tokens is not None:
+            forward_kwargs["skip_special_tokens"] = skip_special_tokens
+        return {}, forward_kwargs, {}
+
+    def __call__(self, inputs=None, images=None, text=None, **kwargs):
+        """
+        Args:
+            inputs (`str`, `dict`, `list[dict]`, or a list, generator or data set of these):
+                A question; a dict of `text` and, optionally, `images` (one or a list); or a chat, a list of messages
+                with `role` and `content`. Pictures are PIL images or file names.
+            images (picture or `list`, *optional*): pictures of a single question.
+            text (`str`, *optional*): a single question, instead of `inputs`.
+            kwargs:
+                `batch_size`, `num_workers`, and anything that `generate` takes (`max_new_tokens`, 512 by default,
+                `do_sample`, `num_beams`, `force_pose`, ...).
+
+        Returns:
+            For each input what [`ChatPoseProcessor.post_process_poses`] gives: `{"text": ..., "poses": [...]}`; a list
+            of them where `num_return_sequences` is more than 1. A list for lists, an iterator for generators and
+            data sets.
+        """
+        if inputs is not None and text is not None:
+            raise ValueError("expected the question as `inputs` or as `text`, got both")
+        inputs = text if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("expected a question, got none; pass a text, a chat, or a dict with `text` and `images`")
+        if images is not None:
+            if not isinstance(inputs, str):
+                raise ValueError(
+                    f"`images` go with a single text, got {type(inputs).__name__}; put pictures into the messages, or "
+                    'pass a list of `{"text": ..., "images": ...}`'
+                )
+            inputs = {"text": inputs, "images": images}
+        # Wrapped, because the base class tells chats from lists of inputs differently from version to version.
+        if isinstance(inputs, list):
+            inputs = {"messages": inputs} if _is_chat(inputs) else [_wrap_chat(item) for item in inputs]
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, inputs) -> dict:
+        inputs = _wrap_chat(inputs)
+        if isinstance(inputs, str):
+            inputs = {"text": inputs}
+        if not isinstance(inputs, dict) or not ("messages" in inputs or isinstance(inputs.get("text"), str)):
+            raise ValueError(
+                f"expected a text, a chat (a list of messages), or a dict with `text` or `messages`, got {inputs!r}"
+            )
+        if "messages" in inputs:
+            return {"chat": list(inputs["messages"])}
+        images = inputs.get("images", inputs.get("image"))
+        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": inputs["text"]}]
+        return {"chat": [{"role": "user", "content": content}]}
+
+    def _forward(self, model_inputs, skip_special_tokens=True, **generate_kwargs) -> dict:
+        is_single = _is_chat(model_inputs["chat"])
+        chats = [model_inputs["chat"]] if is_single else model_inputs["chat"]
+        if self.model.generation_config.max_new_tokens is None and not {"max_new_tokens", "max_length"} & set(
+            generate_kwargs
+        ):
+            generate_kwargs["max_new_tokens"] = 512  # the original chat program's limit
+        batch = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.device, dtype=self.model.dtype)
+        output = self.model.generate(**batch, **{**generate_kwargs, "return_dict_in_generate": True})
+        replies = self.processor.post_process_poses(output, skip_special_tokens=skip_special_tokens)
+        answers_each = len(replies) // len(chats)
+        if answers_each > 1:
+            replies = [replies[start : start + answers_each] for start in range(0, len(replies), answers_each)]
+        return {"reply": replies[0] if is_single else replies}
+
+    def postprocess(self, model_outputs):
+        return model_outputs["reply"]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves model, processor and code (the base class leaves the processor out)."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def _is_chat(value) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _wrap_chat(value):
+    messages = getattr(value, "messages", value)
+    return {"messages": messages} if _is_chat(messages) else value
