@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from .pipeline_chatpose import ChatPosePipeline
     from .processing_chatpose import ChatPoseProcessor, vicuna_chat_template
 
-__all__ = [*_EXPORTS, "__version__", "register_auto_classes"]
+__all__ = [
+    "ChatPoseConfig",
+    "ChatPoseForConditionalGeneration",
+    "ChatPoseGenerateOutput",
+    "ChatPoseOutput",
+    "ChatPosePipeline",
+    "ChatPoseProcessor",
+    "__version__",
+    "register_auto_classes",
+    "vicuna_chat_template",
+]
 
 
 def register_auto_classes() -> None:

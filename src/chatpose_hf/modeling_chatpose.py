@@ -537,8 +537,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         draft_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         return super()._get_candidate_generator(*args, model_kwargs=draft_kwargs, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, configuration and the code files that `trust_remote_code=True` loads."""
+    def describe_remote_code(self) -> None:
+        """Writes into the configuration which classes of the code files the Auto classes and `pipeline` load."""
         # The import also makes transformers copy the pipeline's file: it follows the relative imports of this one.
         from .pipeline_chatpose import ChatPosePipeline
 
@@ -554,6 +554,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             "AutoConfig": "configuration_chatpose.ChatPoseConfig",
             **dict.fromkeys(AUTO_CLASSES, "modeling_chatpose.ChatPoseForConditionalGeneration"),
         }
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configuration and the code files that `trust_remote_code=True` loads."""
+        self.describe_remote_code()
         super().save_pretrained(save_directory, **kwargs)
 
 
