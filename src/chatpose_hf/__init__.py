@@ -17,6 +17,7 @@ _EXPORTS = {
     "ChatPoseOutput": "modeling_chatpose",
     "ChatPosePipeline": "pipeline_chatpose",
     "ChatPoseProcessor": "processing_chatpose",
+    "ChatPoseTokenizer": "tokenization_chatpose",
     "vicuna_chat_template": "processing_chatpose",
 }
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .modeling_chatpose import ChatPoseForConditionalGeneration, ChatPoseGenerateOutput, ChatPoseOutput
     from .pipeline_chatpose import ChatPosePipeline
     from .processing_chatpose import ChatPoseProcessor, vicuna_chat_template
+    from .tokenization_chatpose import ChatPoseTokenizer
 
 __all__ = [
     "ChatPoseConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "ChatPoseOutput",
     "ChatPosePipeline",
     "ChatPoseProcessor",
+    "ChatPoseTokenizer",
     "__version__",
     "register_auto_classes",
     "vicuna_chat_template",
@@ -40,14 +43,15 @@ __all__ = [
 
 
 def register_auto_classes() -> None:
-    """Makes `AutoConfig`, `AutoModel...`, `AutoProcessor` and `pipeline` know ChatPose without remote code."""
-    from transformers import AutoConfig, AutoProcessor
+    """Makes `AutoConfig`, `AutoModel...`, `AutoTokenizer`, `AutoProcessor` and `pipeline` know ChatPose without remote code."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
     from transformers.models.auto import modeling_auto
 
-    from . import configuration_chatpose, modeling_chatpose, processing_chatpose
+    from . import configuration_chatpose, modeling_chatpose, processing_chatpose, tokenization_chatpose
 
     config_class = configuration_chatpose.ChatPoseConfig
     AutoConfig.register("chatpose", config_class, exist_ok=True)
+    AutoTokenizer.register(config_class, tokenization_chatpose.ChatPoseTokenizer, exist_ok=True)
     AutoProcessor.register(config_class, processing_chatpose.ChatPoseProcessor, exist_ok=True)
     for name in modeling_chatpose.AUTO_CLASSES:
         auto_class = getattr(modeling_auto, name)

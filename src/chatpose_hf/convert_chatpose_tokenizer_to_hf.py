@@ -1,4 +1,4 @@
-"""Conversion of an original ChatPose or LLaVA tokenizer folder into a fast tokenizer with the same ids and texts.
+"""Converts the tokenizer of an original ChatPose or LLaVA checkpoint into a fast one with the same ids and texts.
 
 The original used the slow SentencePiece LLaMA tokenizer of transformers 4.31, split the prompt at `<image>` and
 tokenised the parts one by one. That class is gone, and the LLaMA class of transformers 5 gives other ids (it keeps
@@ -9,20 +9,19 @@ white space around added tokens and treats the leading blank differently). Here 
 import json
 import re
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from .tokenization_chatpose import BREAK, UNDERLINE, ChatPoseTokenizer
+
 
 SEG_TOKEN = "[SEG]"  # name of the pose token in the published checkpoints
-UNDERLINE = "\u2581"  # SentencePiece writes a blank this way
 VERY_LONG = int(1e30)  # what transformers itself takes for "no limit"
 
-# Unicode noncharacters, free for internal use. The decoder frames tokens of the base vocabulary (`</s>`) and added ones.
+# Unicode noncharacters, free for internal use. The decoder frames tokens, those of the base vocabulary and added ones.
 BASE_OPEN, BASE_CLOSE, ADDED_OPEN, ADDED_CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-BREAK = "\ufdd4\ufdd5"  # two, so that nobody types it: no piece reaches across, and it leaves no piece itself
 
 PROBES = (
     "Hello, world! It's the person's pose; 12345 67.",
@@ -53,10 +52,10 @@ def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> tupl
     """Names and stripping of the special tokens. 4.31 let special_tokens_map.json win over tokenizer_config.json."""
     names: dict[str, str] = {}
     tokens: dict[str, _Token] = {}
-    for key, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None), ("additional", None)):
-        key = "additional_special_tokens" if key == "additional" else f"{key}_token"
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for key in (*defaults, "pad_token", "additional_special_tokens"):
         in_map = key in special_map
-        entry = special_map[key] if in_map else (config.get(key) or default)
+        entry = special_map[key] if in_map else (config.get(key) or defaults.get(key))
         for item in entry if isinstance(entry, list) else [entry] if entry else []:
             if isinstance(item, dict):
                 token = _Token(item["content"], item.get("lstrip", False), item.get("rstrip", False), True)
@@ -74,14 +73,16 @@ def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> tupl
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], special: dict[str, _Token]) -> dict[int, _Token]:
-    """The added tokens by id. Plain ones strip white space on both sides; the newer layout writes the flags out."""
+    """The added tokens by id. In 4.31 plain ones strip white space on both sides; later files have the flags."""
     ids = _read_json(folder / "added_tokens.json")
     if ids:
         return {index: special.get(content, _Token(content)) for content, index in ids.items()}
     added = {}
     for index, item in config.get("added_tokens_decoder", {}).items():
-        flags = (item.get("lstrip", False), item.get("rstrip", False), item.get("special", False))
-        added[int(index)] = _Token(item["content"], *flags)
+        is_special = item.get("special", False) or item["content"] in special
+        added[int(index)] = _Token(item["content"], item.get("lstrip", False), item.get("rstrip", False), is_special)
+        if item["content"] in special:  # a bare string in special_tokens_map.json means nothing here
+            special[item["content"]] = added[int(index)]
     return added
 
 
@@ -97,7 +98,8 @@ def _bpe(sp: Any, unk_token: str) -> models.BPE:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in normal and right in normal:
-                merges.append((-sp.get_score(i), normal[left], normal[right], left, right))
+                # Of two ways to make a piece SentencePiece takes the leftmost: the one with the longer left half.
+                merges.append((-sp.get_score(i), -cut, left, right))
     merges.sort()
     has_bytes = any(sp.is_byte(i) for i in marks)
     pairs = [(left, right) for *_, left, right in merges]
@@ -145,7 +147,7 @@ def _decoder(base: list[str], added: list[str]) -> decoders.Decoder:
 def _check(tokenizer: Tokenizer, sp: Any, contents: list[str]) -> None:
     """Compare with SentencePiece on fixed texts and on all pieces of the vocabulary."""
     pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size()) if not (sp.is_control(i) or sp.is_unknown(i))]
-    surfaces = [piece.replace(UNDERLINE, " ") for i, piece in enumerate(pieces)]
+    surfaces = [piece.replace(UNDERLINE, " ") for piece in pieces]
     joined = [" ".join(surfaces[i : i + 200]) for i in range(0, len(surfaces), 200)]
     for probe in (*PROBES, *joined):
         for content in contents:
@@ -158,95 +160,10 @@ def _check(tokenizer: Tokenizer, sp: Any, contents: list[str]) -> None:
             )
 
 
-class ChatPoseTokenizer(PreTrainedTokenizerFast):
-    """Fast tokenizer that also repeats how transformers 4.31 cut the first word after an added or special token.
-
-    With `legacy: false` that version tokenised such a word with a blank in front and took the blank off the first
-    piece: `two` became `t`, `w`, `o` (from `_t`, `w`, `o`) though alone it is `tw`, `o`; and a first piece that is in
-    the vocabulary only with its blank became `<unk>`. A `tokenizer.json` cannot express this, as BPE cannot give two
-    pieces one id. So such a word gets a `BREAK` behind its first piece before the text goes to the backend. Loaded as
-    a plain `PreTrainedTokenizerFast` the same files differ from the original in such words only.
-    """
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        split_special = kwargs.get("split_special_tokens")
-        if kwargs.get("is_split_into_words") or (
-            self.split_special_tokens if split_special is None else split_special
-        ):
-            return super()._encode_plus(text, text_pair, *args, **kwargs)
-        origins: dict[str, list[int]] = {}
-        marked, marked_pair = self._mark(text, origins), self._mark(text_pair, origins)
-        output = super()._encode_plus(marked, marked_pair, *args, **kwargs)
-        if origins and "offset_mapping" in output:
-            self._restore_offsets(output, marked, marked_pair, origins)
-        return output
-
-    def _mark(self, text: Any, origins: dict[str, list[int]]) -> Any:
-        """Set the breaks; for a changed text, `origins` gets the place in the old text of every place in the new."""
-        if not isinstance(text, str):
-            return type(text)(self._mark(item, origins) for item in text) if isinstance(text, (list, tuple)) else text
-        added = sorted(self.added_tokens_decoder.values(), key=lambda token: -len(token.content))
-        known = {token.content: token for token in added if token.normalized}  # none with legacy: true
-        matches = list(re.finditer("|".join(re.escape(token.content) for token in added), text)) if known else []
-        new, origin, done = "", [], 0
-        for match, following in zip_longest(matches, matches[1:]):
-            if (token := known.get(match.group())) is None:
-                continue  # the image token, behind which a text begins anew
-            start, end = match.end(), following.start() if following else len(text)
-            part = text[start:end]
-            if following and (nearby := known.get(following.group())) is not None and nearby.lstrip:
-                part = part.rstrip()
-            if token.rstrip:
-                start += len(part) - len(part.lstrip())
-                part = part.lstrip()
-            word = re.split(f"[ {UNDERLINE}]", part, maxsplit=1)[0]
-            cut = self._first_piece(word) if word else None
-            if cut is not None:
-                length, text_of_piece = cut
-                new += text[done:start] + text_of_piece + BREAK
-                origin += range(done, start)
-                done = start + length
-                same = len(text_of_piece) == length
-                origin += [*range(start, done)] if same else [start] * len(text_of_piece)
-                origin += [done] * len(BREAK)
-        if not done:
-            return text
-        new += text[done:]
-        origins[new] = [*origin, *range(done, len(text) + 1)]
-        return new
-
-    def _first_piece(self, word: str) -> tuple[int, str] | None:
-        """Length of the first piece of a word and what to put in its place, or None if the word needs no break."""
-        model = self.backend_tokenizer.model
-        first, *rest = [token.value for token in model.tokenize(UNDERLINE + word)]
-        first = first.removeprefix(UNDERLINE)
-        if not first or [first, *rest] == [token.value for token in model.tokenize(word)]:
-            return None
-        return len(first), first if model.token_to_id(first) is not None else self.unk_token
-
-    @staticmethod
-    def _restore_offsets(output: BatchEncoding, text: Any, pair: Any, origins: dict[str, list[int]]) -> None:
-        """Make the offsets count in the text that was given, not in the marked one."""
-        samples = [(text, pair)] if isinstance(text, str) else [*zip_longest(text, pair or [])]
-        rows = output["offset_mapping"]
-        if isinstance(rows, list) and isinstance(rows[0], tuple):  # a single text has no batch dimension
-            rows = [rows]
-        numbers = output.get("overflow_to_sample_mapping", range(len(rows)))
-        for row, number, encoding in zip(rows, numbers, output.encodings, strict=True):
-            sample = samples[int(number)]
-            sample = sample[0] if isinstance(sample[0], (list, tuple)) else sample  # a batch of pairs
-            for j, (sequence, (start, end)) in enumerate(zip(encoding.sequence_ids, encoding.offsets, strict=True)):
-                origin = None if sequence is None else origins.get(sample[sequence])
-                if origin and isinstance(row, list):
-                    row[j] = (origin[start], origin[end])
-                elif origin:  # a tensor or an array
-                    row[j, 0], row[j, 1] = origin[start], origin[end]
-
-
 def convert_tokenizer(
     checkpoint_dir: str | Path, pose_token: str = "<POSE>", image_token: str = "<image>"
 ) -> ChatPoseTokenizer:
-    """Convert the tokenizer of an original checkpoint.
+    """Converts the tokenizer of an original checkpoint.
 
     The ids of the checkpoint stay. `[SEG]` is renamed to `pose_token`; a checkpoint without it (plain LLaVA) gets
     `pose_token` as a new last token. Then follows `image_token`, unless the checkpoint has it already. The prompt is
@@ -347,6 +264,7 @@ def convert_tokenizer(
     return ChatPoseTokenizer(
         tokenizer_object=backend,
         **names,
+        first_piece_breaks=not legacy,
         padding_side="left",
         model_max_length=VERY_LONG,
         clean_up_tokenization_spaces=False,

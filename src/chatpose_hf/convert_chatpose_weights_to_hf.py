@@ -26,7 +26,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_chatpose import ChatPoseConfig
-from .convert_chatpose_tokenizer_to_hf import SEG_TOKEN, convert_tokenizer
+from .convert_chatpose_tokenizer_to_hf import convert_tokenizer
 from .modeling_chatpose import ChatPoseForConditionalGeneration, PoseHead
 from .processing_chatpose import SYSTEM_PROMPT, ChatPoseProcessor, vicuna_chat_template
 
@@ -46,11 +46,25 @@ KEY_PATTERNS = (
 # Buffers that are computed anew, and the licensed body model, which has no place in a checkpoint.
 IGNORED_PATTERNS = (r".*\.rotary_emb\.inv_freq", r"model\.smplx\..+", r"vision_tower\..*\.position_ids")
 # The fields of the flat original configuration that describe the language model.
-TEXT_FIELDS = (
-    "attention_bias attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range "
-    "intermediate_size max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads pad_token_id "
-    "rms_norm_eps rope_scaling rope_theta tie_word_embeddings"
-).split()
+TEXT_FIELDS = [
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+]
 # LLaVA-1.5's own system prompt (conversation template `vicuna_v1`); ChatPose's chat program says "human" for "user".
 LLAVA_SYSTEM_PROMPT = SYSTEM_PROMPT.replace("human", "user")
 
@@ -143,7 +157,9 @@ def _find_shards(checkpoint: Path) -> list[Path]:
         if missing := [shard for shard in names if not (checkpoint / shard).is_file()]:
             raise FileNotFoundError(f"`{checkpoint}` lacks {missing} of its {len(names)} weight files")
         return [checkpoint / shard for shard in names]
-    raise FileNotFoundError(f"`{checkpoint}` has no weights: expected pytorch_model.bin or model.safetensors, or shards")
+    raise FileNotFoundError(
+        f"`{checkpoint}` has no weights: expected pytorch_model.bin or model.safetensors, or shards"
+    )
 
 
 def _load_shard(path: Path) -> dict[str, torch.Tensor]:
@@ -197,7 +213,9 @@ def _make_processor(checkpoint: Path, settings: dict, vision_config, tower_sourc
         image_processor=image_processor_class.from_pretrained(tower_source),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default" if settings.get("mm_vision_select_feature") != "cls_patch" else "full",
+        vision_feature_select_strategy="default"
+        if settings.get("mm_vision_select_feature") != "cls_patch"
+        else "full",
         num_additional_image_tokens=1,
         chat_template=vicuna_chat_template(
             system_prompt=SYSTEM_PROMPT if is_chatpose else LLAVA_SYSTEM_PROMPT,

@@ -390,45 +390,46 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        last_hidden_state = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        result = ChatPoseOutput(
-            last_hidden_state=last_hidden_state[:, kept],
+        last_hidden_state = hidden_states[:, kept]
+        logits = self.lm_head(last_hidden_state)
+        loss = ce_loss = pose_loss = pose_rotmats = None
+        if labels is not None:
+            scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            ce_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **scale
+            )
+            is_pose = labels[:, 1:] == self.config.pose_token_id
+            pose_rotmats = self.pose_head(hidden_states[:, :-1][is_pose])
+            pose_errors = self._pose_errors(pose_rotmats, is_pose, pose_labels, pose_mask)
+            if pose_errors is None:
+                # DDP waits for every trained weight's gradient: a batch without poses runs the head too, for nothing.
+                pose_loss = self.pose_head(hidden_states[:1, 0]).sum() * 0.0
+            else:
+                errors, num_poses = pose_errors
+                pose_loss = errors.sum() / (num_poses if num_poses_in_batch is None else num_poses_in_batch)
+                if num_poses_in_batch is None and num_items_in_batch is not None:
+                    pose_loss = pose_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+            loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
+            ce_loss, pose_loss = ce_loss.detach(), pose_loss.detach()
+        elif pose_labels is not None:
+            raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
+        return ChatPoseOutput(
+            loss=loss,
+            logits=logits,
+            pose_rotmats=pose_rotmats,
+            ce_loss=ce_loss,
+            pose_loss=pose_loss,
+            last_hidden_state=last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-        result.logits = self.lm_head(result.last_hidden_state)
-        if labels is None:
-            if pose_labels is not None:
-                raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
-            return result
 
-        scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        ce_loss = self.loss_function(
-            logits=result.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **scale
-        )
-        is_pose = labels[:, 1:] == self.config.pose_token_id
-        result.pose_rotmats = self.pose_head(last_hidden_state[:, :-1][is_pose])
-        pose_errors = self._pose_errors(result.pose_rotmats, is_pose, pose_labels, pose_mask)
-        if pose_errors is None:
-            # DDP waits for every trained weight's gradient: a batch without poses still runs the head, for nothing.
-            pose_loss = self.pose_head(last_hidden_state[:1, 0]).sum() * 0.0
-        else:
-            errors, num_poses = pose_errors
-            if num_poses_in_batch is not None:
-                pose_loss = errors.sum() / num_poses_in_batch
-            else:
-                pose_loss = errors.sum() / num_poses.clamp(min=1)
-                if num_items_in_batch is not None:
-                    pose_loss = pose_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
-        result.loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
-        result.ce_loss, result.pose_loss = ce_loss.detach(), pose_loss.detach()
-        return result
-
-    def _pose_errors(self, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor] | None:
-        """Each pose's error and the number of supervised poses; None where there is nothing to compare."""
+    def _pose_errors(self, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
+        """Each pose's error and the number of supervised poses, at least 1; None where there is nothing to compare."""
         num_tokens = pose_rotmats.shape[0]
         if pose_labels is None:
             return None
@@ -452,7 +453,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             return None
         pose_labels = pose_labels[:num_tokens]
         pose_mask = None if pose_mask is None else pose_mask[:num_tokens]
-        num_poses = pose_rotmats.new_tensor(num_tokens) if pose_mask is None else (pose_mask > 0).any(-1).sum()
+        num_poses = num_tokens if pose_mask is None else (pose_mask > 0).any(-1).sum().clamp(min=1)
         return compute_pose_loss(pose_rotmats, pose_labels, pose_mask), num_poses
 
     @torch.no_grad()
@@ -497,9 +498,26 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             prompt_length=collector.prompt_length,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, pose_states=None, force_pose=False, **kwargs):
-        """Leaves out what is meant for `generate` alone; their names stand here so that it accepts them."""
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, pose_states=None, force_pose=False, **kwargs
+    ):
+        """Leaves out what is meant for `generate` alone; `generate` accepts only arguments that are named here."""
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # transformers up to 5.17 repeats picture by picture, which mixes up the pictures of a row that has several;
+        # later versions encode first and bring no `pixel_values` here.
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None and input_ids is not None and input_ids.numel() > 0:
+            image_tokens = (input_ids == self.config.image_token_id).sum(-1)
+            counts = (image_tokens * len(pixel_values) // image_tokens.sum().clamp(min=1)).tolist()
+            del model_kwargs["pixel_values"]
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
+            row_pictures = [rows.repeat(expand_size, 1, 1, 1) for rows in pixel_values.split(counts)]
+            return input_ids, {**model_kwargs, "pixel_values": torch.cat(row_pictures)}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         collector = model_kwargs.get("pose_states")

@@ -22,11 +22,11 @@ _VICUNA_TEMPLATE = """\
 {%- set ns = namespace(separator=' ', system=SYSTEM_PROMPT, chat=messages) -%}
 {%- macro render(content, keep_pose) -%}
 {%- if content is string -%}
-{{- content if keep_pose else content | replace(POSE_TOKEN, POSE_IN_HISTORY) -}}
+{{- content if keep_pose else content HISTORY_FILTER -}}
 {%- else -%}
 {%- for part in content -%}
 {%- if part.type == 'image' -%}{{- IMAGE_PLACEHOLDER -}}
-{%- elif part.type == 'text' -%}{{- part.text if keep_pose else part.text | replace(POSE_TOKEN, POSE_IN_HISTORY) -}}
+{%- elif part.type == 'text' -%}{{- part.text if keep_pose else part.text HISTORY_FILTER -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -94,17 +94,20 @@ def vicuna_chat_template(
         pose_token (`str`, *optional*): the pose token.
         pose_in_history (`str`, *optional*):
             What stands for a pose in earlier answers when an answer is asked for; the pose token itself by default.
-            The original's chat program wrote `[POSE]` there, as plain text.
+            The original's chat program wrote `[POSE]` there, as plain text, and no blank between two of them.
 
     Returns:
         `str`: a Jinja template.
     """
+    history_filter = ""
+    if pose_in_history is not None:
+        # Twice, because a run of three or more shares its blanks.
+        join = "| replace(POSE ~ ' ' ~ POSE, POSE ~ POSE)".replace("POSE", json.dumps(pose_token))
+        history_filter = f"{join} {join} | replace({json.dumps(pose_token)}, {json.dumps(pose_in_history)})"
     return _fill_template(
-        _VICUNA_TEMPLATE,
+        _VICUNA_TEMPLATE.replace("HISTORY_FILTER", history_filter),
         SYSTEM_PROMPT=system_prompt,
         IMAGE_PLACEHOLDER=image_placeholder,
-        POSE_TOKEN=pose_token,
-        POSE_IN_HISTORY=pose_token if pose_in_history is None else pose_in_history,
     )
 
 

@@ -1,0 +1,51 @@
+"""Shared fixtures: tiny random models made offline, and the original's fixture where this checkout has it."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once instead of hanging
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_tiny_checkpoint import make_model, make_processor
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+OFFICIAL = ROOT.parent / "shared" / "fixtures" / "official_tiny"
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def model(processor):
+    return make_model(processor)
+
+
+@pytest.fixture(scope="session")
+def images():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The folder with a checkpoint of the original's layout and what the original code computed with it."""
+    if not OFFICIAL.is_dir():
+        pytest.skip(f"needs the original's fixture at {OFFICIAL}, which is not in this checkout")
+    return OFFICIAL
+
+
+@pytest.fixture(scope="session")
+def converted(official, tmp_path_factory):
+    """The original's fixture, converted."""
+    from chatpose_hf.convert_chatpose_weights_to_hf import convert_checkpoint
+
+    output = tmp_path_factory.mktemp("converted") / "chatpose"
+    convert_checkpoint(official / "checkpoint", output, str(official / "vision_tower"))
+    return output
