@@ -211,7 +211,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         convert_tokenizer(build(tmp_path / "gap", {"[SEG]": 905}))
     with pytest.raises(ValueError, match="both"):
         convert_tokenizer(build(tmp_path / "both", {"[SEG]": 900, "<POSE>": 901}))
-    with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model"):
         convert_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match=r"chatpose_hf\[convert\]"):

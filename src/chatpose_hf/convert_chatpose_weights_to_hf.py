@@ -6,13 +6,16 @@ LLaMA tokenizer. Out: a folder that `from_pretrained` and the Auto classes load.
 
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -44,7 +47,7 @@ KEY_PATTERNS = (
     (r"model\.vision_tower\.vision_tower\.(.+)", r"vision_tower.\1"),
 )
 # Buffers that are computed anew, and the licensed body model, which has no place in a checkpoint.
-IGNORED_PATTERNS = (r".*\.rotary_emb\.inv_freq", r"model\.smplx\..+", r"vision_tower\..*\.position_ids")
+IGNORED_PATTERNS = (r".*\.rotary_emb\.inv_freq", r"model\.smplx\..+", r"model\.vision_tower\..+\.position_ids")
 # The fields of the flat original configuration that describe the language model.
 TEXT_FIELDS = [
     "attention_bias",
@@ -163,14 +166,15 @@ def _find_shards(checkpoint: Path) -> list[Path]:
 
 
 def _load_shard(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:  # files of torch < 1.6 cannot be mapped
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Files of torch < 1.6 are no zip archives and cannot be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"`{path}` is not a file of plain tensors, or it is cut short; nothing of it was run: {error}"
+        ) from error
 
 
 def _load_vision_tower(checkpoint: Path, settings: dict, vision_tower: str | None):

@@ -17,6 +17,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LogitsProcessor,
+    LogitsProcessorList,
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -344,6 +345,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         num_items_in_batch: Tensor | int | None = None,
         num_poses_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> ChatPoseOutput:
@@ -358,7 +362,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
                 Tokens, with one `<image>` token for each vision feature.
             pixel_values (`torch.Tensor` of shape `(num_images, 3, H, W)`, *optional*):
                 The pictures of all rows, in order; rows without one are welcome.
-            attention_mask, position_ids, past_key_values, inputs_embeds, logits_to_keep, mm_encoder_outputs:
+            attention_mask, position_ids, past_key_values, inputs_embeds, logits_to_keep, vision_feature_layer,
+            vision_feature_select_strategy, image_sizes, mm_encoder_outputs:
                 As in [`~transformers.LlavaForConditionalGeneration`].
             labels (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Tokens to learn, -100 elsewhere; shifted here.
@@ -388,6 +393,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -474,8 +482,11 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         Returns:
             `torch.Tensor` of token ids, or [`ChatPoseGenerateOutput`] with `return_dict_in_generate=True`.
         """
-        settings = generation_config if generation_config is not None else self.generation_config
-        returns_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        returns_dict = kwargs.get("return_dict_in_generate")
+        if returns_dict is None:  # what a given configuration leaves open comes from the model's
+            settings = (generation_config or self.generation_config, self.generation_config)
+            returns_dict = any(config.return_dict_in_generate for config in settings)
+        kwargs.pop("logits_to_keep", None)  # the states are kept where the logits are: at the last position
         collector = PoseStateCollector() if returns_dict else None
         if force_pose:
             kwargs["force_pose"] = True
@@ -549,11 +560,18 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             )
         return processors
 
-    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
-        # A draft model would refuse, and copy, what belongs to this call.
+    def _get_candidate_generator(self, *args, logits_processor, model_kwargs, **kwargs):
+        # A draft model would refuse, and copy, what belongs to this call; and where the draft wants to end an answer
+        # is no reason to force a pose into ours.
         own = ("pose_states", "force_pose")
-        draft_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
-        return super()._get_candidate_generator(*args, model_kwargs=draft_kwargs, **kwargs)
+        return super()._get_candidate_generator(
+            *args,
+            logits_processor=LogitsProcessorList(
+                item for item in logits_processor if not isinstance(item, ForcePoseLogitsProcessor)
+            ),
+            model_kwargs={name: value for name, value in model_kwargs.items() if name not in own},
+            **kwargs,
+        )
 
     def describe_remote_code(self) -> None:
         """Writes into the configuration which classes of the code files the Auto classes and `pipeline` load."""

@@ -146,7 +146,7 @@ class ChatPoseProcessor(LlavaProcessor):
         if pose_token not in vocabulary:
             # Not a special token: those are cut from every decoded reply.
             tokenizer.add_tokens(AddedToken(pose_token, special=False, normalized=False))
-            tokenizer.padding_side = "left"
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what gets saved
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
             chat_template = _adapt_chat_template(tokenizer, chat_template or tokenizer.chat_template, image_token)
@@ -172,8 +172,9 @@ class ChatPoseProcessor(LlavaProcessor):
 
     @property
     def pose_lead_in_ids(self) -> list[int]:
-        """Ids of the words "It is", the lead-in to a pose in the original's answers."""
-        return self.tokenizer.encode("It is", add_special_tokens=False)
+        """Ids of the words "It is ", the lead-in to a pose in the original's answers, as they stand before `<POSE>`."""
+        ids = self.tokenizer.encode(f"It is {self.pose_token}", add_special_tokens=False)
+        return ids[: ids.index(self.pose_token_id)]
 
     def __call__(self, images=None, text=None, poses=None, **kwargs):
         """

@@ -1,0 +1,102 @@
+"""The pipelines: ours, and transformers' own for pictures and text."""
+
+import pytest
+import torch
+from transformers import pipeline
+
+from chatpose_hf import ChatPosePipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(model, processor):
+    return ChatPosePipeline(model=model, processor=processor, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(images):
+    return [
+        {"text": "What is the pose?", "images": images[0]},
+        "The person raises the left arm.",
+        {"text": "Both?", "images": images[1:3]},
+        [{"role": "user", "content": [{"type": "image", "image": images[3]}, {"type": "text", "text": "q"}]}],
+    ]
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert one["text"] == other["text"]
+        assert len(one["poses"]) == len(other["poses"]) > 0
+        for pose, other_pose in zip(one["poses"], other["poses"], strict=True):
+            torch.testing.assert_close(pose["theta"], other_pose["theta"], atol=1e-3, rtol=0)
+
+
+OPTIONS = {"max_new_tokens": 6, "force_pose": True}
+
+
+def test_every_kind_of_input_alone_and_batched(pipe, questions):
+    alone = [pipe(question, **OPTIONS) for question in questions]
+    assert all(reply["poses"][0]["theta"].shape == (72,) for reply in alone)
+    assert_same(pipe(questions, **OPTIONS), alone)
+    assert_same(pipe(questions, batch_size=3, **OPTIONS), alone)
+    assert_same(list(pipe((question for question in questions), batch_size=2, **OPTIONS)), alone)
+
+
+def test_equals_generate(pipe, model, processor, images):
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}], add_generation_prompt=True
+    )
+    batch = processor(text=text, images=images[0], return_tensors="pt")
+    output = model.generate(**batch, return_dict_in_generate=True, **OPTIONS)
+    assert_same([pipe(text="q", images=images[0], **OPTIONS)], processor.post_process_poses(output))
+
+
+def test_several_sequences_each(pipe):
+    replies = pipe(["a", "b"], num_return_sequences=3, do_sample=True, batch_size=2, **OPTIONS)
+    assert [len(reply) for reply in replies] == [3, 3]
+    assert len(pipe("a", num_return_sequences=2, num_beams=2, **OPTIONS)) == 2
+
+
+def test_dataset_streams_without_reading_ahead(pipe):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield {"text": "What is the pose?"}
+
+    replies = pipe(Endless(), batch_size=2, **OPTIONS)
+    assert len([next(iter(replies)) for _ in range(3)]) == 3
+
+
+def test_generate_kwargs_are_not_changed(pipe):
+    options = {"max_new_tokens": 2}
+    pipe("a", generate_kwargs=options)
+    assert options == {"max_new_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "expected a question, got none"),
+        ({"inputs": "a", "text": "b"}, "got both"),
+        ({"inputs": ["a"], "images": ["b"]}, "`images` go with a single text"),
+        ({"inputs": {"question": "a"}}, "expected a text, a chat"),
+    ],
+)
+def test_unclear_inputs_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_save_writes_the_processor_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"processor_config.json", "tokenizer.json", "model.safetensors", "pipeline_chatpose.py"} <= names
+    loaded = pipeline("image-text-to-pose", model=str(tmp_path), trust_remote_code=True)
+    assert_same([loaded("a", **OPTIONS)], [pipe("a", **OPTIONS)])
+
+
+def test_the_pipeline_of_transformers_works_too(model, processor, images):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "q"}]}]
+    reply = pipe(text=chat, max_new_tokens=4, return_full_text=False)
+    assert isinstance(reply[0]["generated_text"], str)
