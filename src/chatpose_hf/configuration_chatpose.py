@@ -1,5 +1,7 @@
 """Configuration of ChatPose: a LLaVA with a pose token and a pose head."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
@@ -55,7 +57,7 @@ class ChatPoseConfig(LlavaConfig):
     ce_loss_weight: float | int = 1.0
     pose_loss_weight: float | int = 0.1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.pose_token_id < 0 or self.pose_token_id == self.image_token_index:
             raise ValueError(

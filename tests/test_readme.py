@@ -1,0 +1,89 @@
+"""Every command and every Python block of the README, on tiny checkpoints of the same layout and names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from make_tiny_checkpoint import make_model, make_processor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language, heading=None):
+    text = README if heading is None else re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def desk(official, tmp_path_factory):
+    """A working directory with what the README's reader has: the original's download, a photo, a LLaVA."""
+    desk = tmp_path_factory.mktemp("desk")
+    (desk / "CHATPOSE-V0").symlink_to(official / "checkpoint")
+    (desk / "openai").mkdir()
+    (desk / "openai" / "clip-vit-large-patch14-336").symlink_to(official / "vision_tower")
+    shutil.copyfile(official / "images" / "wide.png", desk / "photo.png")
+
+    llava = desk / "llava-hf" / "llava-1.5-7b-hf"
+    processor = make_processor()
+    settings = make_model(processor).config.to_dict()
+    settings = {name: settings[name] for name in ("vision_config", "text_config", "image_token_index")}
+    LlavaForConditionalGeneration(LlavaConfig(**settings, image_seq_length=4)).save_pretrained(llava)
+    base = make_processor()
+    LlavaProcessor(
+        base.image_processor,
+        base.tokenizer,
+        patch_size=14,
+        num_additional_image_tokens=1,
+        chat_template=None,
+        vision_feature_select_strategy="default",
+    ).save_pretrained(llava)
+    return desk
+
+
+def run(command, desk):
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(desk / ".modules"),
+    }
+    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_run_and_python_blocks(desk):
+    (shell,) = blocks("bash", "Run")
+    out = run(["bash", "-euc", shell], desk)
+    assert "wrote chatpose-13b" in out
+    assert "<POSE>" in out
+    assert {path.name for path in (desk / "out").iterdir()} == {"reply.json", "pose.npz"}
+    printed = [run([sys.executable, "-c", block], desk) for block in blocks("python")]
+    assert printed[0].count("<POSE>") == printed[0].count("torch.Size([72])") == 2
+    assert "torch.Size([23, 3])" in printed[1]
+    assert len(printed) == 3
+
+
+def test_install_and_test_commands_are_what_ci_runs():
+    assert "pip install" in blocks("bash", "Install")[0]
+    assert blocks("bash", "Test") == ["python -m pytest\n"]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "commands Install" in script
+    assert "commands Test" in script
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_length():
+    assert len(README.splitlines()) <= 150
