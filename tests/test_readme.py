@@ -70,6 +70,9 @@ def test_run_and_python_blocks(desk):
     assert printed[0].count("<POSE>") == printed[0].count("torch.Size([72])") == 2
     assert "torch.Size([23, 3])" in printed[1]
     assert len(printed) == 3
+    example = [sys.executable, str(ROOT / "examples" / "chat_about_a_photo.py"), "chatpose-13b", "photo.png", "talk"]
+    assert run(example, desk).count("(1 poses)") == 2
+    assert (desk / "talk" / "turn_1" / "pose.npz").is_file()
 
 
 def test_install_and_test_commands_are_what_ci_runs():

@@ -144,3 +144,32 @@ print(json.dumps([output.sequences[0, output.prompt_length:].tolist(), ids, type
     assert generated == sample["generated_ids"]
     assert tokenizer_class == "ChatPoseTokenizer"
     assert ids == golden["tokenization"]["variants"]["new_tags"]["ids"]
+
+
+def test_push_to_hub_sends_the_code_files(monkeypatch):
+    """What would be uploaded, without a network: the folder that `push_to_hub` prepares."""
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi
+    from transformers.utils import PushToHubMixin
+
+    sent = set()
+    repo = SimpleNamespace(repo_id="somebody/chatpose")
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: repo)
+    monkeypatch.setattr(
+        PushToHubMixin, "_upload_modified_files", lambda _, folder, *__, **___: sent.update(os.listdir(folder))
+    )
+    processor = make_processor()
+    make_model(processor).push_to_hub("somebody/chatpose")
+    processor.push_to_hub("somebody/chatpose")
+    assert sent >= {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "chat_template.jinja",
+        "rotations.py",
+        "configuration_chatpose.py",
+        "modeling_chatpose.py",
+        "processing_chatpose.py",
+        "pipeline_chatpose.py",
+    }

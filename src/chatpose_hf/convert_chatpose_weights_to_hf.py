@@ -206,7 +206,8 @@ def _load_vision_tower(checkpoint: Path, settings: dict, vision_tower: str | Non
 
 def _make_processor(checkpoint: Path, settings: dict, vision_config, tower_source: str) -> ChatPoseProcessor:
     tokenizer = convert_tokenizer(checkpoint)
-    is_chatpose = "out_dim" in settings
+    # A plain LLaVA's vocabulary ends before the pose token that was just added.
+    is_chatpose = tokenizer.convert_tokens_to_ids("<POSE>") < settings["vocab_size"]
     marks = ("<im_start>", "<im_end>") if settings.get("mm_use_im_start_end") else ("", "")
     if missing := [mark for mark in marks if mark and mark not in tokenizer.get_vocab()]:
         raise ValueError(f"config.json says `mm_use_im_start_end`, but the tokenizer lacks {missing}")
@@ -230,7 +231,9 @@ def _make_processor(checkpoint: Path, settings: dict, vision_config, tower_sourc
     )
 
 
-def _make_config(settings: dict, vision_config, processor: ChatPoseProcessor, vocab_size: int, head_size: int | None):
+def _make_config(
+    settings: dict, vision_config, processor: ChatPoseProcessor, vocab_size: int, **head
+) -> ChatPoseConfig:
     text = {name: settings[name] for name in TEXT_FIELDS if settings.get(name) is not None}
     text["vocab_size"] = vocab_size
     return ChatPoseConfig(
@@ -243,9 +246,8 @@ def _make_config(settings: dict, vision_config, processor: ChatPoseProcessor, vo
         projector_hidden_act="gelu",
         tie_word_embeddings=bool(settings.get("tie_word_embeddings", False)),
         pose_token_id=processor.pose_token_id,
-        pose_head_hidden_size=head_size,
         pose_lead_in_ids=processor.pose_lead_in_ids,
-        num_pose_joints=settings.get("out_dim", 144) // 6,
+        **head,
     )
 
 
@@ -274,7 +276,7 @@ def _write_checkpoint(folder: Path, settings: dict, shards: list[Path], tower, p
             if new is None:
                 continue
             if new.endswith(("embed_tokens.weight", "lm_head.weight")):
-                tensor = _grow_vocabulary(tensor, processor.tokenizer)
+                tensor = _grow_vocabulary(tensor, processor)
             tensors[new] = tensor.float() if new.startswith("pose_head.") else tensor
         write(number, tensors)
 
@@ -284,11 +286,14 @@ def _write_checkpoint(folder: Path, settings: dict, shards: list[Path], tower, p
         if name not in weight_map:
             added[name] = tensor.to(getattr(torch, settings.get("torch_dtype", "float32")))
     vocab_size = shapes.get("language_model.model.embed_tokens.weight", (len(processor.tokenizer),))[0]
-    head_rows = shapes.get("pose_head.linear_1.weight", (None,))[0]
-    config = _make_config(settings, tower.config, processor, vocab_size, head_rows)
+    head = {}
+    if "pose_head.linear_2.weight" in shapes:
+        numbers, head_size = shapes["pose_head.linear_2.weight"]
+        head = {"num_pose_joints": numbers // 6, "pose_head_hidden_size": head_size}
+    config = _make_config(settings, tower.config, processor, vocab_size, **head)
     with torch.device("meta"):
         model = ChatPoseForConditionalGeneration(config)
-    if head_rows is None:  # a plain LLaVA: the pose head is new
+    if not any(key.startswith("pose_head.") for key in shapes):  # a plain LLaVA: the pose head is new
         model.pose_head = PoseHead(config)
         model.pose_head.apply(model._init_weights)
         added |= {f"pose_head.{key}": tensor for key, tensor in model.pose_head.state_dict().items()}
@@ -334,16 +339,17 @@ def _hub_key(key: str) -> str:
     return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", key)
 
 
-def _grow_vocabulary(tensor: torch.Tensor, tokenizer) -> torch.Tensor:
+def _grow_vocabulary(tensor: torch.Tensor, processor: ChatPoseProcessor) -> torch.Tensor:
     """Rows for tokens the checkpoint lacks."""
     rows = [tensor]
-    for token_id in range(tensor.shape[0], len(tokenizer)):
-        if tokenizer.convert_ids_to_tokens(token_id) == "<POSE>":
+    for token_id in range(tensor.shape[0], len(processor.tokenizer)):
+        if token_id == processor.pose_token_id:
             rows.append(tensor.float().mean(0, keepdim=True).to(tensor.dtype))
         else:
             # `<image>`, which is never answered: the unknown token's row makes it as unlikely as that one, where a
             # row of zeros would take part in the loss.
-            rows.append(tensor[tokenizer.unk_token_id : tokenizer.unk_token_id + 1])
+            unknown = processor.tokenizer.unk_token_id
+            rows.append(tensor[unknown : unknown + 1])
     return torch.cat(rows)
 
 

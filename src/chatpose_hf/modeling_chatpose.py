@@ -4,6 +4,7 @@ The last-layer hidden state at the position that predicts `<POSE>` goes through 
 SMPL's order. Everything else is `LlavaForConditionalGeneration`.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LogitsProcessor,
@@ -317,9 +317,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             model.model.language_model.load_state_dict(text_model.base_model.state_dict())
             model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
             model.tie_weights()
-            model.generation_config = GenerationConfig.from_model_config(text_model.config)
-            if text_model.generation_config is not None:
-                model.generation_config = text_model.generation_config
+            model.generation_config = deepcopy(text_model.generation_config)
             model.to(text_model.device)
         vocabulary = len(processor.tokenizer)
         if vocabulary > model.get_input_embeddings().num_embeddings:

@@ -172,9 +172,10 @@ class ChatPoseProcessor(LlavaProcessor):
 
     @property
     def pose_lead_in_ids(self) -> list[int]:
-        """Ids of the words "It is ", the lead-in to a pose in the original's answers, as they stand before `<POSE>`."""
-        ids = self.tokenizer.encode(f"It is {self.pose_token}", add_special_tokens=False)
-        return ids[: ids.index(self.pose_token_id)]
+        """Ids of the words "It is", the lead-in to a pose in the original's answers, between a sentence and `<POSE>`."""
+        before = self.tokenizer.encode("Yes.", add_special_tokens=False)
+        ids = self.tokenizer.encode(f"Yes. It is {self.pose_token}", add_special_tokens=False)
+        return ids[len(before) : ids.index(self.pose_token_id)]
 
     def __call__(self, images=None, text=None, poses=None, **kwargs):
         """
