@@ -15,7 +15,8 @@ import json, sys
 sys.modules["chatpose_hf"] = None  # importing it fails
 import torch
 from PIL import Image
-from transformers import *
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import pipeline
 folder, other = sys.argv[1:]
 """
 
