@@ -326,6 +326,16 @@ def test_accumulated_batches_give_the_whole_batchs_gradient(model, processor):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+def test_a_plain_trainers_accumulation_weighs_poses_by_the_share_of_tokens(model, processor):
+    batch, targets = training_batch(processor)
+    alone = model(**batch, pose_labels=targets)
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    for whole in (tokens, 4 * tokens):  # the whole accumulated batch; four times this one
+        output = model(**batch, pose_labels=targets, num_items_in_batch=whole)
+        torch.testing.assert_close(output.pose_loss, alone.pose_loss * (tokens / whole))
+        torch.testing.assert_close(output.ce_loss, alone.ce_loss * (tokens / whole))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -457,7 +467,7 @@ def test_poses_come_however_the_dict_is_asked_for(model, processor, text_batch, 
 @pytest.mark.parametrize("options", [{"logits_to_keep": 0}, {"vision_feature_layer": -1}])
 def test_arguments_of_forward_go_through_generate(model, processor, batch, options):
     length = batch["input_ids"].shape[1]
-    say = {"logits_processor": LogitsProcessorList([SayPoseAt(processor, length)])}
+    say = {"logits_processor": LogitsProcessorList([SayPoseAt(processor, length, steps=(0, 3))])}
     output = model.generate(**batch, **options, **say, max_new_tokens=6, return_dict_in_generate=True)
     forward_options = {name: value for name, value in options.items() if name != "logits_to_keep"}
     assert_poses_match(partial(model, **forward_options), batch, output)

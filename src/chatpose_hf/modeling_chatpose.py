@@ -284,9 +284,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         token_ids["pose_lead_in_ids"] = processor.pose_lead_in_ids
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in ChatPoseConfig.__annotations__}
         if base is not None:
-            llava = LlavaConfig.from_pretrained(
-                base, **{k: v for k, v in kwargs.items() if k in ("revision", "token")}
-            )
+            hub = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
+            llava = LlavaConfig.from_pretrained(base, **{name: kwargs[name] for name in hub if name in kwargs})
             settings = {k: v for k, v in llava.to_dict().items() if k not in ("model_type", "architectures")}
             config = ChatPoseConfig(**{**settings, **token_ids, **fields})
             model, info = cls.from_pretrained(base, config=config, output_loading_info=True, **kwargs)
@@ -303,7 +302,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             if isinstance(vision_tower, str):
                 tower_config = AutoConfig.from_pretrained(vision_tower)
                 tower_config = getattr(tower_config, "vision_config", tower_config)
-                vision_tower = type(AutoModel.from_config(tower_config)).from_pretrained(vision_tower, **kwargs)
+                with torch.device("meta"):
+                    tower_class = type(AutoModel.from_config(tower_config))
+                vision_tower = tower_class.from_pretrained(vision_tower, **kwargs)
             config = ChatPoseConfig(
                 vision_config=vision_tower.config.to_dict(),
                 text_config=text_model.config.to_dict(),
@@ -402,6 +403,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         logits = self.lm_head(last_hidden_state)
         loss = ce_loss = pose_loss = pose_rotmats = None
         if labels is not None:
+            labels = labels.to(logits.device)
             scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             ce_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **scale
