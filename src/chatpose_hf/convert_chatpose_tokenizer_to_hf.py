@@ -160,6 +160,13 @@ def _check(tokenizer: Tokenizer, sp: Any, contents: list[str]) -> None:
             )
 
 
+def has_pose_token(checkpoint_dir: str | Path, pose_token: str = "<POSE>") -> bool:
+    """Whether the checkpoint's tokenizer knows a pose token already: ChatPose's does, a plain LLaVA's does not."""
+    folder = Path(checkpoint_dir)
+    added = _added_tokens(folder, _read_json(folder / "tokenizer_config.json"), {})
+    return any(token.content in (SEG_TOKEN, pose_token) for token in added.values())
+
+
 def convert_tokenizer(
     checkpoint_dir: str | Path, pose_token: str = "<POSE>", image_token: str = "<image>"
 ) -> ChatPoseTokenizer:

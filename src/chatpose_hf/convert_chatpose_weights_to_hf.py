@@ -29,7 +29,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_chatpose import ChatPoseConfig
-from .convert_chatpose_tokenizer_to_hf import convert_tokenizer
+from .convert_chatpose_tokenizer_to_hf import convert_tokenizer, has_pose_token
 from .modeling_chatpose import ChatPoseForConditionalGeneration, PoseHead
 from .processing_chatpose import SYSTEM_PROMPT, ChatPoseProcessor, vicuna_chat_template
 
@@ -188,11 +188,11 @@ def _load_vision_tower(checkpoint: Path, settings: dict, vision_tower: str | Non
         with torch.device("meta"):
             tower_class = type(AutoModel.from_config(config))
         tower, info = tower_class.from_pretrained(source, output_loading_info=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that is neither a folder nor a Hub id is a ValueError
         raise FileNotFoundError(
             f"cannot load the vision tower {source!r} (looked at {', '.join(candidates)} and on the Hub); pass the "
             "folder or Hub id of the tower the checkpoint was trained with, for LLaVA-1.5 "
-            "`--vision-tower openai/clip-vit-large-patch14-336`"
+            f"`--vision-tower openai/clip-vit-large-patch14-336`. What went wrong: {error}"
         ) from error
     if info["missing_keys"]:
         raise ValueError(f"the vision tower {source!r} lacks weights: {sorted(info['missing_keys'])}")
@@ -206,8 +206,7 @@ def _load_vision_tower(checkpoint: Path, settings: dict, vision_tower: str | Non
 
 def _make_processor(checkpoint: Path, settings: dict, vision_config, tower_source: str) -> ChatPoseProcessor:
     tokenizer = convert_tokenizer(checkpoint)
-    # A plain LLaVA's vocabulary ends before the pose token that was just added.
-    is_chatpose = tokenizer.convert_tokens_to_ids("<POSE>") < settings["vocab_size"]
+    is_chatpose = has_pose_token(checkpoint)
     marks = ("<im_start>", "<im_end>") if settings.get("mm_use_im_start_end") else ("", "")
     if missing := [mark for mark in marks if mark and mark not in tokenizer.get_vocab()]:
         raise ValueError(f"config.json says `mm_use_im_start_end`, but the tokenizer lacks {missing}")
@@ -218,9 +217,9 @@ def _make_processor(checkpoint: Path, settings: dict, vision_config, tower_sourc
         image_processor=image_processor_class.from_pretrained(tower_source),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default"
-        if settings.get("mm_vision_select_feature") != "cls_patch"
-        else "full",
+        vision_feature_select_strategy="full"
+        if settings.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
         num_additional_image_tokens=1,
         chat_template=vicuna_chat_template(
             system_prompt=SYSTEM_PROMPT if is_chatpose else LLAVA_SYSTEM_PROMPT,
