@@ -501,13 +501,16 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         rows = sequence_index if beam_indices is None else beam_indices[sequence_index, steps]
         states = torch.cat(collector.states, dim=1)
         device = states.device
-        return ChatPoseGenerateOutput(
-            **output,
+        result = ChatPoseGenerateOutput(
+            sequences=output.sequences,
             pose_rotmats=self.pose_head(states[rows.to(device), steps.to(device)]),
             pose_sequence_index=sequence_index,
             pose_token_positions=steps + collector.prompt_length,
             prompt_length=collector.prompt_length,
         )
+        for name, value in output.items():  # also what a later transformers may add
+            result[name] = value
+        return result
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, pose_states=None, force_pose=False, **kwargs
