@@ -6,7 +6,7 @@ whether every way of generating decodes the poses that a teacher-forced forward 
     python benchmarks/bench_generate.py --original --paths --json benchmarks/results/generate_cpu.json
     python benchmarks/bench_generate.py --device cuda --json benchmarks/results/generate_cuda.json
 
-Hardware: any Linux machine; 2 CPU cores and 4 GB of memory do. Time: about 25 minutes on 2 idle cores for the second
+Hardware: any Linux machine; 2 CPU cores and 4 GB of memory do. Time: about 27 minutes on 2 idle cores for the second
 command. Weights are random (SmolLM2-135M's shape, a small CLIP tower), nothing is downloaded. How to read the numbers:
 benchmarks/README.md.
 """
