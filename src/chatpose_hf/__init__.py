@@ -1,5 +1,6 @@
 """ChatPose on Hugging Face: a LLaVA that answers with 3D human poses."""
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+@cache
 def register_auto_classes() -> None:
     """Makes `AutoConfig`, `AutoModel...`, `AutoTokenizer`, `AutoProcessor` and `pipeline` know ChatPose without remote code."""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
@@ -61,5 +63,7 @@ def register_auto_classes() -> None:
 def __getattr__(name: str):
     if name in _EXPORTS:
         register_auto_classes()
-        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+        # Kept, so that Python finds it by itself the next time.
+        globals()[name] = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

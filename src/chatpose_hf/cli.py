@@ -103,6 +103,13 @@ def _describe(reply: dict) -> str:
     return "\n".join(lines)
 
 
+def _save(folder: Path, reply: dict, prompt: str, images: list[str]) -> None:
+    from .export import save_reply
+
+    for path in save_reply(folder, reply, prompt, images):
+        print(f"wrote {path}")
+
+
 def _generate(options) -> None:
     """Answers one prompt: prints the reply and, with --output, writes reply.json and pose.npz."""
     images = [_open_image(path) for path in options.image]
@@ -114,17 +121,14 @@ def _generate(options) -> None:
     )
     print(_describe(reply))
     if options.output:
-        from .export import save_reply
-
-        for path in save_reply(options.output, reply, options.prompt, options.image):
-            print(f"wrote {path}")
+        _save(Path(options.output), reply, options.prompt, options.image)
 
 
 def _chat(options) -> None:
     """A conversation. Lines are questions; "/image FILE" shows a picture with the next one, "/new" starts afresh, "/quit" ends."""
     pipe = _load_pipeline(options)
     messages: list[dict] = []
-    pending: list[dict] = []
+    pending: list[tuple] = []  # file name and picture
     turn = 0
     print('Ask for a pose. "/image FILE" adds a picture to the next question, "/new" starts afresh, "/quit" ends.')
     while True:
@@ -140,22 +144,18 @@ def _chat(options) -> None:
         elif line.startswith("/image"):
             path = line.removeprefix("/image").strip()
             try:
-                pending.append({"type": "image", "image": _open_image(path), "path": path})
+                pending.append((path, _open_image(path)))
             except (ValueError, OSError) as error:
                 print(f"chatpose: {error}", file=sys.stderr)
         elif line:
             turn += 1
-            images = [{"type": "image", "image": part["image"]} for part in pending]
+            images = [{"type": "image", "image": image} for _, image in pending]
             messages.append({"role": "user", "content": [*images, {"type": "text", "text": line}]})
             reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
             messages.append({"role": "assistant", "content": [{"type": "text", "text": reply["text"]}]})
             print(f"chatpose: {_describe(reply)}")
             if options.output:
-                from .export import save_reply
-
-                folder = Path(options.output) / f"turn_{turn:03d}"
-                for path in save_reply(folder, reply, line, [part["path"] for part in pending]):
-                    print(f"wrote {path}")
+                _save(Path(options.output) / f"turn_{turn:03d}", reply, line, [path for path, _ in pending])
             pending = []
 
 

@@ -69,10 +69,10 @@ class ChatPoseConfig(LlavaConfig):
                 f"`pose_hidden_state` must be {POSE_HIDDEN_STATE!r}, the only rule this version decodes, got "
                 f"{self.pose_hidden_state!r}; load the checkpoint with the version of chatpose_hf that wrote it"
             )
-        for name, low in (("num_pose_joints", 1), ("pose_head_hidden_size", 1)):
+        for name in ("num_pose_joints", "pose_head_hidden_size"):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"`{name}` must be at least {low}, got {value}")
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
         for name in ("ce_loss_weight", "pose_loss_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number, not negative, got {getattr(self, name)}")

@@ -488,9 +488,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             returns_dict = any(config.return_dict_in_generate for config in settings)
         kwargs.pop("logits_to_keep", None)  # the states are kept where the logits are: at the last position
         collector = PoseStateCollector() if returns_dict else None
-        if force_pose:
-            kwargs["force_pose"] = True
-        output = super().generate(inputs, generation_config, *args, pose_states=collector, **kwargs)
+        output = super().generate(
+            inputs, generation_config, *args, pose_states=collector, force_pose=force_pose, **kwargs
+        )
         if collector is None or not isinstance(output, ModelOutput):
             return output
 
