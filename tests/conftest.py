@@ -5,6 +5,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once instead of hanging
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,22 @@ def model(processor):
 def images():
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, the one of the system: Playwright's own would have to be downloaded."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium, and none of chromium, chromium-browser and google-chrome is installed")
+    with sync_api.sync_playwright() as playwright:
+        # Containers have no user namespaces for the sandbox, and WebGL without a GPU is drawn by SwiftShader.
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="chatpose", description="Words and pictures in, words and SMPL poses out.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    generate = commands.add_parser("generate", help="answer one prompt", description=_generate.__doc__)
-    generate.add_argument("prompt", help="the question")
+    generate = commands.add_parser("generate", help="answer prompts", description=_generate.__doc__)
+    generate.add_argument("prompt", nargs="?", help="the question")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    generate.add_argument("--output", metavar="DIR", help="folder for reply.json and pose.npz (default: print only)")
+    generate.add_argument("--prompts", metavar="FILE", help='many questions: {"prompt", "image", "id"} on each line')
+    generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --prompts (default: 8)")
+    generate.add_argument("--output", metavar="DIR", help="folder for the files (default: print only)")
     _add_model_arguments(generate)
+    _add_body_argument(generate)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk to the model", description=_chat.__doc__)
-    chat.add_argument("--output", metavar="DIR", help="folder for each turn's reply.json and pose.npz")
+    chat.add_argument("--output", metavar="DIR", help="folder for each turn's files")
     _add_model_arguments(chat)
+    _add_body_argument(chat)
     chat.set_defaults(run=_chat)
+
+    render = commands.add_parser("render", help="poses to pictures, meshes, motion", description=_render.__doc__)
+    render.add_argument("file", metavar="FILE", help="pose.npz, reply.json, replies.jsonl, or an AMASS npz")
+    render.add_argument("--output", metavar="FILE", help="its ending says what it is (default: FILE's name with .png)")
+    render.add_argument(
+        "--view", type=_view, help="front, three_quarter, side, back, or degrees (default: two of them)"
+    )
+    render.add_argument("--frame", help="of a file that does not say: camera, y-up, z-up")
+    render.add_argument(
+        "--limit", type=int, default=16, metavar="N", help="poses to draw, evenly chosen (default: 16)"
+    )
+    render.add_argument("--photo", metavar="FILE", help="draw the body over this photo")
+    render.add_argument(
+        "--box", type=float, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="pixels of the photo to fill"
+    )
+    _add_body_argument(render)
+    render.set_defaults(run=_render)
+
+    app = commands.add_parser("app", help="chat in the browser", description=_app.__doc__)
+    app.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
+    )
+    app.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    _add_model_arguments(app)
+    _add_body_argument(app)
+    app.set_defaults(run=_app)
+
+    convert_smpl = commands.add_parser(
+        "convert-smpl", help="SMPL .pkl to clean .npz", description=_convert_smpl.__doc__
+    )
+    convert_smpl.add_argument("source", metavar="IN", help="an official .pkl or .npz of SMPL, SMPL-H or SMPL-X")
+    convert_smpl.add_argument("output", metavar="OUT", help="the .npz to write")
+    convert_smpl.set_defaults(run=_convert_smpl)
 
     convert = commands.add_parser("convert", help="convert an original checkpoint", description=_convert.__doc__)
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the original layout")
@@ -59,6 +96,21 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
 
 
+def _view(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _add_body_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--body",
+        metavar="BODY",
+        help="default, smpl, smplh, smplx, or a model file (default: what SMPL_MODEL_DIR holds, else default)",
+    )
+
+
 def _load_pipeline(options):
     import torch
     from transformers import AutoConfig
@@ -83,18 +135,6 @@ def _load_pipeline(options):
     )
 
 
-def _open_image(path: str):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"`{path}` is not a picture that can be read (PNG, JPEG, WebP, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"`{path}` has more pixels than are read for safety: {error}") from error
-
-
 def _describe(reply: dict) -> str:
     lines = [reply["text"]]
     for number, pose in enumerate(reply["poses"], start=1):
@@ -103,33 +143,56 @@ def _describe(reply: dict) -> str:
     return "\n".join(lines)
 
 
-def _save(folder: Path, reply: dict, prompt: str, images: list[str]) -> None:
+def _save(folder: Path, turns: list, body) -> None:
     from .export import save_reply
 
-    for path in save_reply(folder, reply, prompt, images):
+    for path in save_reply(folder, turns, body):
         print(f"wrote {path}")
 
 
 def _generate(options) -> None:
-    """Answers one prompt: prints the reply and, with --output, writes reply.json and pose.npz."""
-    images = [_open_image(path) for path in options.image]
+    """
+    Answers one prompt: prints the reply and, with --output, writes reply.json, pose.npz, body.glb, picture.png and
+    page.html. Or answers a file of prompts into replies.jsonl, going on where a former run stopped.
+    """
+    from .batch_generate import generate_replies, load_prompts, open_image
+    from .body import BodyModel
+    from .export import Turn
+
+    if (options.prompt is None) == (options.prompts is None):
+        raise ValueError("expected either a prompt or `--prompts FILE`")
+    generate_kwargs = {"max_new_tokens": options.max_new_tokens, "force_pose": options.force_pose}
+    if options.prompts is not None:
+        if options.image or not options.output:
+            raise ValueError("`--prompts` needs `--output DIR`, and names pictures in its lines, not by `--image`")
+        prompts = load_prompts(options.prompts)
+        settings = {"model": options.model, **generate_kwargs}
+        path = generate_replies(
+            _load_pipeline(options), prompts, options.output, settings, options.batch_size, **generate_kwargs
+        )
+        print(f"{len(prompts)} replies; wrote {path}")
+        return
+    images = [(path, open_image(path)) for path in options.image]
+    body = BodyModel.load(options.body) if options.output else None
     pipe = _load_pipeline(options)
-    reply = pipe(
-        {"text": options.prompt, "images": images},
-        max_new_tokens=options.max_new_tokens,
-        force_pose=options.force_pose,
-    )
+    reply = pipe({"text": options.prompt, "images": [image for _, image in images]}, **generate_kwargs)
     print(_describe(reply))
     if options.output:
-        _save(Path(options.output), reply, options.prompt, options.image)
+        _save(Path(options.output), [Turn(options.prompt, images, reply)], body)
 
 
 def _chat(options) -> None:
     """A conversation. Lines are questions; "/image FILE" shows a picture with the next one, "/new" starts afresh, "/quit" ends."""
+    from .batch_generate import open_image
+    from .body import BodyModel
+    from .export import Turn
+
+    body = BodyModel.load(options.body) if options.output else None
     pipe = _load_pipeline(options)
     messages: list[dict] = []
+    turns: list[Turn] = []
     pending: list[tuple] = []  # file name and picture
-    turn = 0
+    count = 0
     print('Ask for a pose. "/image FILE" adds a picture to the next question, "/new" starts afresh, "/quit" ends.')
     while True:
         try:
@@ -140,23 +203,70 @@ def _chat(options) -> None:
         if line == "/quit":
             return
         if line == "/new":
-            messages, pending = [], []
+            messages, turns, pending = [], [], []
         elif line.startswith("/image"):
             path = line.removeprefix("/image").strip()
             try:
-                pending.append((path, _open_image(path)))
+                pending.append((path, open_image(path)))
             except (ValueError, OSError) as error:
                 print(f"chatpose: {error}", file=sys.stderr)
         elif line:
-            turn += 1
+            count += 1
             images = [{"type": "image", "image": image} for _, image in pending]
             messages.append({"role": "user", "content": [*images, {"type": "text", "text": line}]})
             reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
             messages.append({"role": "assistant", "content": [{"type": "text", "text": reply["text"]}]})
+            turns.append(Turn(line, pending, reply))
             print(f"chatpose: {_describe(reply)}")
             if options.output:
-                _save(Path(options.output) / f"turn_{turn:03d}", reply, line, [path for path, _ in pending])
+                _save(Path(options.output) / f"turn_{count:03d}", turns, body)
             pending = []
+
+
+def _render(options) -> None:
+    """
+    Draws poses (.png), or writes them as a mesh (.glb, .obj, .ply), motion (.bvh, .npz in AMASS's layout), numbers
+    (.json) or a page with 3D bodies (.html).
+    """
+    from .atomic_write import write_atomically
+    from .batch_generate import open_image
+    from .body import BodyModel
+    from .export import overlay_picture, png_bytes, save_poses
+    from .pose_files import load_poses
+
+    source = Path(options.file)
+    output = Path(options.output) if options.output else Path(f"{source.stem}.png")
+    body = BodyModel.load(options.body)
+    poses, names = load_poses(source, options.frame)
+    if options.photo:
+        if output.suffix != ".png" or len(poses) != 1:
+            raise ValueError(f"`--photo` takes one pose and writes a .png, got {len(poses)} poses and {output}")
+        write_atomically(output, png_bytes(overlay_picture(open_image(options.photo), poses[0], body, options.box)))
+    else:
+        drawn = save_poses(output, poses, names, body, view=options.view, limit=options.limit)
+        if drawn < len(poses):
+            print(f"{drawn} of {len(poses)} poses, evenly chosen; `--limit` takes more")
+    print(f"wrote {output} ({body.name} body)")
+
+
+def _app(options) -> None:
+    """Serves the chat app: words and pictures in, words and 3D bodies out, in a browser, offline."""
+    from .app import launch_app
+    from .body import BodyModel
+
+    body = BodyModel.load(options.body)
+    launch_app(
+        _load_pipeline(options), body, host=options.host, port=options.port, max_new_tokens=options.max_new_tokens
+    )
+
+
+def _convert_smpl(options) -> None:
+    """Reads a body model file without running any code in it and writes its numbers as .npz; prints the arrays."""
+    from .smpl_files import convert_smpl_file
+
+    for name, shape in convert_smpl_file(options.source, options.output).items():
+        print(f"{name:24} {'x'.join(map(str, shape))}")
+    print(f"wrote {options.output}")
 
 
 def _convert(options) -> None:
@@ -188,6 +298,9 @@ def _env(options) -> None:
         "peft",
         "accelerate",
         "datasets",
+        "smplx",
+        "trimesh",
+        "gradio",
     ]:
         try:
             print(f"{name:16} {version(name)}")
