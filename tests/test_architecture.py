@@ -21,8 +21,8 @@ HUB_FILES = {
 # and files take poses, wherever they come from.
 LAYERS = {
     "atomic_write": 1,
-    "array_pickle": 1,
-    "pose_files": 1,
+    "array_files": 1,
+    "pose_files": 2,
     "smpl_files": 2,
     "render": 3,
     "body": 3,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_smpl_files import dump_model, make_model, make_model_of
-from test_array_pickle import Reduce, live_payloads
+from test_array_files import Reduce, live_payloads
 
-from chatpose_hf import atomic_write, smpl_files
-from chatpose_hf.array_pickle import load_array_pickle
+from chatpose_hf import array_files, atomic_write
+from chatpose_hf.array_files import load_array_pickle
 from chatpose_hf.smpl_files import convert_smpl_file, load_smpl_file
 
 
@@ -142,7 +142,7 @@ def test_npz_with_an_object_array_is_refused_only_where_the_field_is_needed(toy,
     marker = tmp_path / "marker"
     hostile = np.array([Reduce(open, str(marker), "w")], dtype=object)
     assert_holds(load_smpl_file(write({**toy, "part2num": hostile}, "model.npz")), toy, FIELDS)
-    with pytest.raises(ValueError, match=r"`weights` is an array of type `object`.*convert-smpl"):
+    with pytest.raises(ValueError, match=r"`weights` is an array of type `object`.*a pickle"):
         load_smpl_file(write({**toy, "weights": hostile}, "model.npz"))
     assert not marker.exists()
 
@@ -166,7 +166,7 @@ def test_npz_that_announces_more_than_it_holds_allocates_nothing(toy, write):
 
 
 def test_zip_bomb_is_refused_before_it_is_inflated(toy, write, monkeypatch):
-    monkeypatch.setattr(smpl_files, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 10**6)
     path = write(toy, "model.npz")
     np.savez_compressed(path, **{**toy, "weights": np.zeros((100, 10**5))})
     tracemalloc.start()

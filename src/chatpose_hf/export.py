@@ -114,12 +114,12 @@ def bvh_bytes(poses: Tensor, body: BodyModel, frame_rate: float = FRAME_RATE) ->
 
     Args:
         poses (`torch.Tensor` of shape `(T, 24, 3)`): axis-angle, camera frame.
-        body ([`BodyModel`]): whose bones; its first 24 joints for SMPL-H and SMPL-X's 22.
+        body ([`BodyModel`]): whose bones; SMPL-H's and SMPL-X's without the fingers and the face.
         frame_rate (`float`, *optional*, defaults to 30): frames a second.
     """
     from trimesh.transformations import euler_from_matrix
 
-    count = min(body.num_joints, len(JOINT_NAMES)) if body.num_joints == len(JOINT_NAMES) else 22
+    count = 24 if body.num_joints == 24 else 22
     parents = PARENTS[:count]
     rest = body.rest_joints.double().cpu()
     lines, order = ["HIERARCHY"], []

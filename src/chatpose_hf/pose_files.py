@@ -1,13 +1,13 @@
 """Poses in files, and the frames that other files have their poses in. Inside the library poses are in the camera frame."""
 
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .array_files import NpzFields, read_limited, value_errors_only
 from .rotations import geodesic_distance, rotmat_to_rotvec, rotvec_to_rotmat
 
 
@@ -15,7 +15,6 @@ from .rotations import geodesic_distance, rotmat_to_rotvec, rotvec_to_rotmat
 FRAMES = {"camera": 0.0, "y-up": 180.0, "z-up": 90.0}
 FRAME_RATE = 30.0  # of files that want one; the poses of a reply are no motion
 _NUM_AMASS_JOINTS = 52  # SMPL-H's: SMPL's first 22, then fingers
-_MAX_ARRAY_BYTES = 2**31
 
 
 def turn_frame(poses: Tensor, frame: str, inverse: bool = False) -> Tensor:
@@ -92,17 +91,16 @@ def load_poses(path: str | Path, frame: str | None = None) -> tuple[Tensor, list
 
 
 def _load_npz(path: Path, frame: str | None) -> Tensor:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in file.zip.infolist()}
-            names = [name for name in ("theta", "poses") if name in file.files]
-            if any(sizes[name] > _MAX_ARRAY_BYTES for name in names):
-                raise ValueError(f"expected arrays of at most {_MAX_ARRAY_BYTES} bytes, got more in {path}")
-            arrays = {name: torch.from_numpy(file[name].astype(np.float64)) for name in names}
-    except (zipfile.BadZipFile, EOFError, AttributeError) as error:  # the last: a plain .npy file has no zip
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    content = read_limited(path)
+    with value_errors_only(f"`{path}`"):
+        file = NpzFields(content)
+        arrays = {
+            name: torch.from_numpy(file.read(name).astype(np.float64))
+            for name in ("theta", "poses")
+            if name in file.names
+        }
     if "poses" not in arrays:
-        raise ValueError(f"expected an array `poses` in {path}, got {', '.join(sizes) or 'none'}")
+        raise ValueError(f"expected an array `poses` in {path}, got {', '.join(sorted(file.names)) or 'none'}")
     poses = arrays["poses"]
     if poses.ndim == 2 and poses.shape[1] in (156, 165):
         poses = poses.unflatten(1, (-1, 3))

@@ -1,12 +1,10 @@
 """Reads the official SMPL, SMPL-H and SMPL-X model files without running any code of theirs."""
 
-import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from .array_pickle import MAX_BYTES, PickleMachine, Rebuilder, array_from_bytes, value_errors_only
+from .array_files import NpzFields, PickleFields, read_limited, value_errors_only
 from .atomic_write import npz_bytes, write_atomically
 
 
@@ -52,12 +50,10 @@ def load_smpl_file(path: str | Path) -> dict[str, np.ndarray]:
         hands and face landmarks of SMPL-X (55 joints).
     """
     path = Path(path)
-    readers = {".pkl": _PickleFields, ".npz": _NpzFields}
+    readers = {".pkl": PickleFields, ".npz": NpzFields}
     if path.suffix not in readers:
         raise ValueError(f"expected a body model file that ends in `.pkl` or `.npz`, got `{path}`")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"`{path}` has {path.stat().st_size} bytes; expected a body model file, at most {MAX_BYTES}")
-    content = path.read_bytes()
+    content = read_limited(path)
     with value_errors_only(f"`{path}`"):
         file = readers[path.suffix](content)
         if missing := [name for name in _BODY if name not in file.names]:
@@ -139,44 +135,3 @@ def _check_model(model: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
             raise ValueError(
                 f"expected indices 0 to {bound - 1} in `{name}`, got {model[name].min()} to {model[name].max()}"
             )
-
-
-class _NpzFields:
-    """Single arrays of an `.npz`, from the bytes: numpy would allocate the shape that a header announces."""
-
-    def __init__(self, content: bytes):
-        self._zip = zipfile.ZipFile(io.BytesIO(content))
-        self._bytes_left = MAX_BYTES
-        self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
-
-    def read(self, name: str) -> np.ndarray:
-        member = self._zip.getinfo(f"{name}.npy")
-        self._bytes_left -= member.file_size
-        if self._bytes_left < 0:
-            raise ValueError(f"`{name}` announces {member.file_size} bytes; expected at most {MAX_BYTES} in all")
-        raw = io.BytesIO(self._zip.read(member))
-        version = np.lib.format.read_magic(raw)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"expected `{name}` in npy format 1.0 or 2.0, got {version}")
-        shape, is_fortran, dtype = readers[version](raw)
-        if dtype.kind not in "biuf":
-            raise ValueError(
-                f"`{name}` is an array of type `{dtype}`, not of numbers, and objects in it would be a pickle; use the "
-                "model's `.pkl`, which `chatpose convert-smpl` turns into a clean `.npz`"
-            )
-        return array_from_bytes(raw.read(), dtype, shape, is_fortran)
-
-
-class _PickleFields:
-    """Single values of a pickled dictionary; what is not asked for is never rebuilt."""
-
-    def __init__(self, content: bytes):
-        self._fields = PickleMachine(content).run()
-        if not isinstance(self._fields, dict):
-            raise ValueError(f"expected a dictionary in the pickle, got `{type(self._fields).__name__}`")
-        self._rebuilder = Rebuilder()
-        self.names = self._fields.keys()
-
-    def read(self, name: str) -> object:
-        return self._rebuilder.rebuild(self._fields[name])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from make_smpl_files import imitate, imitated_chumpy
 
-from chatpose_hf import array_pickle
-from chatpose_hf.array_pickle import load_array_pickle
+from chatpose_hf import array_files
+from chatpose_hf.array_files import load_array_pickle
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -219,7 +219,7 @@ def test_announced_sizes_allocate_nothing(payload, match):
 
 
 def test_a_big_array_asked_for_many_times_runs_out_of_the_limit(monkeypatch):
-    monkeypatch.setattr(array_pickle, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 10**6)
     array = dumps_array((1000,), bytes(8000))
     assert len(load_array_pickle(b"(" + array * 100 + b"l.")) == 100
     select = b"cchumpy.reordering\nSelect\n)\x81}(X\x01\x00\x00\x00ah\x01X\x04\x00\x00\x00idxsh\x02ub"

@@ -1,7 +1,7 @@
-"""Reads pickles of arrays, SMPL's and 3DPW's among them, without running any code of theirs.
+"""Reads files of arrays, `.npz` and pickles, that anybody may have made, without running any code of theirs.
 
 A pickle is a program; Python's own unpickler calls what the program names. Here the program runs on a small machine that
-knows no Python function: a call becomes a record of the call (`Record`), and the records of numpy arrays, of scipy's
+knows no Python function: a call becomes a record of the call (`_Record`), and the records of numpy arrays, of scipy's
 sparse matrices and of chumpy's wrappers are turned into arrays afterwards, each size checked against the bytes at hand
 before anything is allocated. Neither chumpy nor scipy is needed.
 
@@ -14,8 +14,10 @@ import math
 import operator
 import pickletools
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import UnionType
 
 import numpy as np
@@ -41,7 +43,7 @@ def load_array_pickle(content: bytes) -> object:
         order; sparse matrices come back dense. Anything else is refused by name with a `ValueError`.
     """
     with value_errors_only("the pickle"):
-        return Rebuilder().rebuild(PickleMachine(content).run())
+        return _Rebuilder().rebuild(_Machine(content).run())
 
 
 @contextmanager
@@ -55,14 +57,61 @@ def value_errors_only(what: str) -> Iterator[None]:
         raise ValueError(f"cannot read {what}: {str(reason)[:1000]}") from error
 
 
-def array_from_bytes(raw: bytes, dtype: np.dtype, shape: tuple, is_fortran: bool) -> np.ndarray:
+def read_limited(path: Path) -> bytes:
+    """The file's bytes; a `ValueError` where it has more than any file of ours should."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"`{path}` has {path.stat().st_size} bytes; expected at most {MAX_BYTES}")
+    return path.read_bytes()
+
+
+class NpzFields:
+    """Single arrays of an `.npz`, from the bytes: numpy would allocate the shape that a header announces."""
+
+    def __init__(self, content: bytes):
+        self._zip = zipfile.ZipFile(io.BytesIO(content))
+        self._bytes_left = MAX_BYTES
+        self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
+
+    def read(self, name: str) -> np.ndarray:
+        member = self._zip.getinfo(f"{name}.npy")
+        self._bytes_left -= member.file_size
+        if self._bytes_left < 0:
+            raise ValueError(f"`{name}` announces {member.file_size} bytes; expected at most {MAX_BYTES} in all")
+        raw = io.BytesIO(self._zip.read(member))
+        version = np.lib.format.read_magic(raw)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"expected `{name}` in npy format 1.0 or 2.0, got {version}")
+        shape, is_fortran, dtype = readers[version](raw)
+        if dtype.kind not in "biuf":
+            raise ValueError(
+                f"`{name}` is an array of type `{dtype}`, not of numbers, and objects in it would be a pickle"
+            )
+        return _array_from_bytes(raw.read(), dtype, shape, is_fortran)
+
+
+class PickleFields:
+    """Single values of a pickled dictionary; what is not asked for is never rebuilt."""
+
+    def __init__(self, content: bytes):
+        self._fields = _Machine(content).run()
+        if not isinstance(self._fields, dict):
+            raise ValueError(f"expected a dictionary in the pickle, got `{type(self._fields).__name__}`")
+        self._rebuilder = _Rebuilder()
+        self.names = self._fields.keys()
+
+    def read(self, name: str) -> object:
+        return self._rebuilder.rebuild(self._fields[name])
+
+
+def _array_from_bytes(raw: bytes, dtype: np.dtype, shape: tuple, is_fortran: bool) -> np.ndarray:
     shape = tuple(map(operator.index, shape[:32]))
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError(f"an array announces shape {shape} of type `{dtype}`, got {len(raw)} bytes for it")
     return np.ndarray(shape, dtype, buffer=raw, order="F" if is_fortran else "C")
 
 
-class Record:
+class _Record:
     """What a pickle says about an object: the global that makes it, the arguments, `None` before a call, the state."""
 
     def __init__(self, name: str, args: tuple | None = None):
@@ -78,7 +127,7 @@ _LITERALS = {*_INTEGERS, *_TEXTS, "FLOAT", "BINFLOAT", "BINBYTES", "SHORT_BINBYT
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-class PickleMachine:
+class _Machine:
     """Runs a pickle over plain data: it makes containers and records and has no means to call anything."""
 
     def __init__(self, content: bytes):
@@ -177,7 +226,7 @@ class PickleMachine:
                 stack.append(_called(_named(argument.replace(" ", ".")), tuple(self._pop_to_mark())))
             case "BUILD":
                 state = stack.pop()
-                if not isinstance(stack[-1], Record) or stack[-1].args is None:
+                if not isinstance(stack[-1], _Record) or stack[-1].args is None:
                     raise ValueError(f"refused a state for {_described(stack[-1])}; nothing was executed")
                 stack[-1].state = state
             case _:
@@ -185,10 +234,10 @@ class PickleMachine:
 
 
 def _described(value: object) -> str:
-    return f"`{value.name}`" if isinstance(value, Record) else f"a `{type(value).__name__}`"
+    return f"`{value.name}`" if isinstance(value, _Record) else f"a `{type(value).__name__}`"
 
 
-def _named(full_name: str) -> Record:
+def _named(full_name: str) -> _Record:
     """chumpy has dozens of classes: one outside the table is an error only where its value is asked for."""
     name = full_name
     for old, new in _RENAMED.items():
@@ -199,16 +248,16 @@ def _named(full_name: str) -> Record:
             f"refused `{full_name}`: a body model or array file names only numpy arrays, chumpy wrappers and sparse "
             "matrices; nothing was executed, get the file again from its official site"
         )
-    return Record(name)
+    return _Record(name)
 
 
-def _called(made_by: object, args: object) -> Record:
-    if not isinstance(made_by, Record) or made_by.args is not None or not isinstance(args, tuple):
+def _called(made_by: object, args: object) -> _Record:
+    if not isinstance(made_by, _Record) or made_by.args is not None or not isinstance(args, tuple):
         raise ValueError(f"refused a call of {_described(made_by)} with {_described(args)}; nothing was executed")
     if made_by.name == "copyreg._reconstructor":
         # Protocols 0 and 1 make an object by this function of (class, base class, base value).
         return _called(args[0], args[1:])
-    return Record(made_by.name, args)
+    return _Record(made_by.name, args)
 
 
 def _filled(container: object, items: list) -> list | set | dict:
@@ -225,7 +274,7 @@ def _filled(container: object, items: list) -> list | set | dict:
     return container
 
 
-class Rebuilder:
+class _Rebuilder:
     """Turns what the machine left into arrays and plain containers."""
 
     def __init__(self):
@@ -234,7 +283,7 @@ class Rebuilder:
         self._bytes_left = MAX_BYTES
 
     def rebuild(self, value: object) -> object:
-        if not isinstance(value, dict | list | tuple | Record):
+        if not isinstance(value, dict | list | tuple | _Record):
             return value
         # By identity: what a pickle shares stays shared, and what contains itself is found out.
         if id(value) in self._made:
@@ -246,7 +295,7 @@ class Rebuilder:
             raise ValueError(f"refused containers nested more than {_MAX_DEPTH} deep")
         self._made[id(value)] = self
         self._depth += 1
-        if isinstance(value, Record):
+        if isinstance(value, _Record):
             made = self._rebuild_record(value)
         elif isinstance(value, dict):
             made = {key: self.rebuild(item) for key, item in value.items()}
@@ -256,7 +305,7 @@ class Rebuilder:
         self._made[id(value)] = made
         return made
 
-    def _rebuild_record(self, record: Record) -> object:
+    def _rebuild_record(self, record: _Record) -> object:
         method = _REBUILD.get(record.name)
         if method is None:
             raise ValueError(
@@ -273,7 +322,7 @@ class Rebuilder:
         if self._bytes_left < 0:
             raise ValueError(f"the file's arrays take more than {MAX_BYTES} bytes")
 
-    def _part(self, record: Record, name: str, kind: type | UnionType, default: object = None):
+    def _part(self, record: _Record, name: str, kind: type | UnionType, default: object = None):
         """One rebuilt item of a record's state, whose type is checked."""
         state = record.state if isinstance(record.state, dict) else {}
         part = self.rebuild(state.get(name, default))
@@ -281,13 +330,13 @@ class Rebuilder:
             raise ValueError(f"expected {kind} as `{name}` of `{record.name}`, got {_described(part)}")
         return part
 
-    def no_object(self, record: Record) -> None:
+    def no_object(self, record: _Record) -> None:
         raise ValueError(f"refused an object of `{record.name}`, which holds no numbers")
 
-    def set_of_keys(self, record: Record) -> set:
+    def set_of_keys(self, record: _Record) -> set:
         return _filled(set(), *record.args)
 
-    def latin1(self, record: Record) -> bytes:
+    def latin1(self, record: _Record) -> bytes:
         """How Python 3 writes bytes for Python 2. The real function looks up any codec by name."""
         text, encoding = record.args
         if encoding != "latin1":
@@ -295,31 +344,31 @@ class Rebuilder:
         self._spend(len(text))
         return text.encode("latin1")
 
-    def no_bytes(self, record: Record) -> bytes:
+    def no_bytes(self, record: _Record) -> bytes:
         """How Python 3 writes an empty array's bytes for Python 2."""
         if record.args:
             raise ValueError(f"expected no arguments to `{record.name}`")
         return b""
 
-    def dtype(self, record: Record) -> np.dtype:
+    def dtype(self, record: _Record) -> np.dtype:
         code = record.args[0]
         order, *structure = record.state[1:5]
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|O[48]?", code) or order not in "<>|=" or any(structure):
             raise ValueError(f"refused the array type {code!r}; expected numbers")
         return np.dtype(object if code[0] == "O" else order + code)
 
-    def array(self, record: Record) -> np.ndarray:
+    def array(self, record: _Record) -> np.ndarray:
         """`_reconstruct` makes an empty array; the state is (version, shape, dtype, is_fortran, bytes or items)."""
         if not isinstance(record.state, tuple):
             raise ValueError("expected an array's contents, got only its announcement")
         shape, dtype, is_fortran, content = record.state[-4:]
         return self._array(content, dtype, shape, is_fortran)
 
-    def buffer(self, record: Record) -> np.ndarray:
+    def buffer(self, record: _Record) -> np.ndarray:
         content, dtype, shape, order = record.args
         return self._array(content, dtype, shape, order == "F")
 
-    def scalar(self, record: Record) -> np.generic:
+    def scalar(self, record: _Record) -> np.generic:
         dtype, content = record.args
         return self._array(content, dtype, (), False)[()]
 
@@ -328,14 +377,14 @@ class Rebuilder:
         if not dtype.hasobject:
             self._spend(len(content))
             raw = content.encode("latin1") if isinstance(content, str) else bytes(content)
-            return array_from_bytes(raw, dtype, shape, is_fortran)
+            return _array_from_bytes(raw, dtype, shape, is_fortran)
         self._spend(len(content) * dtype.itemsize)
         items = np.empty(len(content), dtype=object)
         for index, item in enumerate(content):
             items[index] = item
         return items.reshape(shape, order="F" if is_fortran else "C")
 
-    def csc_matrix(self, record: Record) -> np.ndarray:
+    def csc_matrix(self, record: _Record) -> np.ndarray:
         rows, columns = map(operator.index, self._part(record, "_shape", tuple))
         indptr, indices = (self._part(record, name, np.ndarray).astype(np.int64) for name in ("indptr", "indices"))
         data = self._part(record, "data", np.ndarray)
@@ -357,41 +406,41 @@ class Rebuilder:
         np.add.at(dense, (indices, np.repeat(np.arange(columns), np.diff(indptr))), data)
         return dense
 
-    def chumpy_ch(self, record: Record) -> np.ndarray:
+    def chumpy_ch(self, record: _Record) -> np.ndarray:
         return self._part(record, "x", np.ndarray)
 
-    def chumpy_select(self, record: Record) -> np.ndarray:
+    def chumpy_select(self, record: _Record) -> np.ndarray:
         array, indices = self._part(record, "a", np.ndarray), self._part(record, "idxs", np.ndarray)
         self._spend(array.nbytes + indices.size * array.itemsize)
         return array.ravel()[indices].reshape(self._part(record, "preferred_shape", tuple, (-1,)))
 
-    def chumpy_reshape(self, record: Record) -> np.ndarray:
+    def chumpy_reshape(self, record: _Record) -> np.ndarray:
         array = self._part(record, "a", np.ndarray)
         self._spend(array.nbytes)
         return array.reshape(self._part(record, "newshape", tuple | int))
 
-    def chumpy_transpose(self, record: Record) -> np.ndarray:
+    def chumpy_transpose(self, record: _Record) -> np.ndarray:
         return self._part(record, "a", np.ndarray).transpose(self._part(record, "axes", tuple | None))
 
 
 # The globals of numpy-only pickles of protocols 0 to 5 from numpy 1 and 2, and of the official body models.
 _REBUILD = {
-    "numpy.dtype": Rebuilder.dtype,
-    "numpy.core.multiarray._reconstruct": Rebuilder.array,
-    "numpy.core.multiarray.scalar": Rebuilder.scalar,
-    "numpy.core.numeric._frombuffer": Rebuilder.buffer,
-    "_codecs.encode": Rebuilder.latin1,
-    "builtins.bytes": Rebuilder.no_bytes,
-    "builtins.set": Rebuilder.set_of_keys,
-    "scipy.sparse.csc.csc_matrix": Rebuilder.csc_matrix,
-    "chumpy.ch.Ch": Rebuilder.chumpy_ch,
-    "chumpy.reordering.Select": Rebuilder.chumpy_select,
-    "chumpy.reordering.Reshape": Rebuilder.chumpy_reshape,
-    "chumpy.reordering.transpose": Rebuilder.chumpy_transpose,
+    "numpy.dtype": _Rebuilder.dtype,
+    "numpy.core.multiarray._reconstruct": _Rebuilder.array,
+    "numpy.core.multiarray.scalar": _Rebuilder.scalar,
+    "numpy.core.numeric._frombuffer": _Rebuilder.buffer,
+    "_codecs.encode": _Rebuilder.latin1,
+    "builtins.bytes": _Rebuilder.no_bytes,
+    "builtins.set": _Rebuilder.set_of_keys,
+    "scipy.sparse.csc.csc_matrix": _Rebuilder.csc_matrix,
+    "chumpy.ch.Ch": _Rebuilder.chumpy_ch,
+    "chumpy.reordering.Select": _Rebuilder.chumpy_select,
+    "chumpy.reordering.Reshape": _Rebuilder.chumpy_reshape,
+    "chumpy.reordering.transpose": _Rebuilder.chumpy_transpose,
     # arguments of other calls, never objects
-    "numpy.ndarray": Rebuilder.no_object,
-    "builtins.object": Rebuilder.no_object,
-    "copyreg._reconstructor": Rebuilder.no_object,
+    "numpy.ndarray": _Rebuilder.no_object,
+    "builtins.object": _Rebuilder.no_object,
+    "copyreg._reconstructor": _Rebuilder.no_object,
 }
 # Python 2's names, and those of numpy 2 and of scipy 1.8 and later.
 _RENAMED = {
