@@ -56,7 +56,7 @@ def make_model_of(parents, vertices, faces, shapes, seed=0):
     for joint in range(1, count):
         step = generator.normal(size=3)
         joints[joint] = joints[parents[joint]] + 0.2 * step / np.linalg.norm(step)
-    nearest = np.arange(vertices) % count
+    nearest = np.arange(vertices) * count // vertices  # neighbours in the strip, neighbours on the body
     weights = np.zeros((vertices, count))
     shares = generator.dirichlet([8, 1, 1, 1], size=vertices) * (
         np.arange(4) < generator.integers(1, 5, vertices)[:, None]

@@ -5,9 +5,24 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import trimesh
+from make_smpl_files import dump_model
+from make_smpl_files import make_model as make_model_file
 from make_tiny_checkpoint import make_model, make_processor
+from PIL import Image
 
+from chatpose_hf.atomic_write import npz_bytes
 from chatpose_hf.cli import NO_MODEL, main
+from chatpose_hf.pose_files import poses_to_amass
+
+
+FILES = ["body.glb", "page.html", "picture.png", "pose.npz", "reply.json"]
+
+
+@pytest.fixture(autouse=True)
+def no_smpl_files(monkeypatch):
+    monkeypatch.delenv("SMPL_MODEL_DIR", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +54,81 @@ def test_generate_prints_and_writes(folder, picture, tmp_path, capsys):
     assert "pose 1: 24 joint rotations" in printed
     assert record["prompt"] == "What is the pose?"
     assert record["images"] == [str(picture)]
+    assert sorted(path.name for path in output.iterdir()) == FILES
+    assert [printed.count(f"wrote {output / name}") for name in FILES] == [1] * 5
     with np.load(output / "pose.npz", allow_pickle=False) as arrays:
-        np.testing.assert_allclose(arrays["poses"], [pose["theta"] for pose in record["poses"]], rtol=1e-6)
+        assert arrays["poses"].shape == (len(record["poses"]), 156)
+        np.testing.assert_allclose(arrays["theta"], [pose["theta"] for pose in record["poses"]], rtol=1e-6)
+    assert record["body"] == "default"
+
+
+def test_generate_uses_the_smpl_file_that_is_there(folder, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "SMPL_NEUTRAL.pkl").write_bytes(dump_model(make_model_file("smpl")))
+    arguments = ["generate", "What is the pose?", "--model", str(folder), *SHORT, "--output"]
+    monkeypatch.setenv("SMPL_MODEL_DIR", str(tmp_path / "models"))
+    assert main([*arguments, str(tmp_path / "smpl")]) == 0
+    assert json.loads((tmp_path / "smpl" / "reply.json").read_text())["body"] == "SMPL (SMPL_NEUTRAL.pkl)"
+    mesh = trimesh.load_scene(tmp_path / "smpl" / "body.glb", process=False)
+    assert len(mesh.geometry["pose_1"].vertices) == 6890
+    assert main([*arguments, str(tmp_path / "default"), "--body", "default"]) == 0
+    mesh = trimesh.load_scene(tmp_path / "default" / "body.glb", process=False)
+    assert len(mesh.geometry["pose_1"].vertices) == 13718
+    # a body that is not there is said before the model is asked
+    assert main([*arguments, str(tmp_path / "none"), "--body", "smplx"]) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_generate_a_file_of_prompts(folder, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "id": "b"}\n{"prompt": "three"}\n')
+    arguments = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), "--model", str(folder), *SHORT]
+    for _ in range(2):
+        assert main([*arguments, "--output", str(tmp_path / "out"), "--batch-size", "2"]) == 0
+        assert "3 replies; wrote" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    assert [(record["id"], record["prompt"]) for record in records] == [(1, "one"), ("b", "two"), (3, "three")]
+    assert main(["render", str(tmp_path / "out" / "replies.jsonl"), "--output", str(tmp_path / "sheet.png")]) == 0
+    assert (tmp_path / "sheet.png").is_file()
+
+
+def test_render(tmp_path, capsys, monkeypatch, picture):
+    poses = torch.zeros(20, 24, 3)
+    poses[:, 0, 0] = torch.linspace(2, 4, 20)
+    (tmp_path / "walk.npz").write_bytes(npz_bytes(poses_to_amass(poses)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["render", "walk.npz"]) == 0
+    assert (
+        capsys.readouterr().out
+        == "16 of 20 poses, evenly chosen; `--limit` takes more\nwrote walk.png (default body)\n"
+    )
+    assert Image.open("walk.png").size[0] == 1024
+    assert main(["render", "walk.npz", "--output", "walk.bvh"]) == 0
+    assert "Frames: 20" in (tmp_path / "walk.bvh").read_text()
+    assert main(["render", "walk.npz", "--limit", "1", "--view", "-30", "--output", "one.png"]) == 0
+    assert Image.open("one.png").size == (512, 512)
+    np.savez("bare.npz", poses=np.zeros((1, 72), dtype=np.float32))
+    assert main(["render", "bare.npz"]) == 1
+    assert "does not say which frame" in capsys.readouterr().err
+    photo = ["--photo", str(picture), "--box", "2", "2", "30", "38", "--output", "over.png"]
+    assert main(["render", "bare.npz", "--frame", "y-up", *photo]) == 0
+    assert Image.open("over.png").size == (32, 40)
+    assert main(["render", "walk.npz", *photo]) == 1
+    assert "`--photo` takes one pose" in capsys.readouterr().err
+    assert main(["render", "walk.npz", "--output", "nowhere/a.png"]) == 1
+    assert main(["render", "walk.npz", "--view", "below"]) == 1
+    assert "expected a view of front" in capsys.readouterr().err
+
+
+def test_convert_smpl(tmp_path, capsys):
+    (tmp_path / "model.pkl").write_bytes(dump_model(make_model_file("smpl", vertices=120)))
+    assert main(["convert-smpl", str(tmp_path / "model.pkl"), str(tmp_path / "model.npz")]) == 0
+    assert "posedirs                 120x3x207" in capsys.readouterr().out
+    with np.load(tmp_path / "model.npz", allow_pickle=False) as arrays:
+        assert arrays["J_regressor"].shape == (24, 120)
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
+    assert main(["convert-smpl", str(tmp_path / "evil.pkl"), str(tmp_path / "evil.npz")]) == 1
+    assert "refused `os.system`" in capsys.readouterr().err
+    assert not (tmp_path / "evil.npz").exists()
 
 
 def test_chat_keeps_the_conversation(folder, picture, tmp_path, capsys, monkeypatch):
@@ -53,6 +141,9 @@ def test_chat_keeps_the_conversation(folder, picture, tmp_path, capsys, monkeypa
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*/reply.json"))]
     assert [record["prompt"] for record in records] == ["first", "second", "third"]
     assert [len(record["images"]) for record in records] == [1, 0, 0]
+    pages = [path.read_text(encoding="utf-8") for path in sorted((tmp_path / "out").glob("*/page.html"))]
+    # a page shows its conversation; a new one starts empty
+    assert [page.count('"role":"user"') for page in pages] == [1, 2, 1]
 
 
 def test_convert_prints_the_table(official, tmp_path, capsys):
@@ -96,5 +187,7 @@ def test_errors_are_explained(folder, picture, tmp_path, capsys):
     assert "expected a ChatPose checkpoint, got one of model type 'llama'" in failure(
         "generate", "a", "--model", str(tmp_path / "llama")
     )
+    assert "expected either a prompt or `--prompts FILE`" in failure("generate", "--model", str(folder))
+    assert "`--prompts` needs `--output DIR`" in failure("generate", "--prompts", "a.jsonl", "--model", str(folder))
     with pytest.raises(SystemExit, match="2"):
         main(["dance"])

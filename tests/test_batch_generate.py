@@ -1,0 +1,176 @@
+"""A file of prompts to a file of replies: order, resume, and what is refused before anything is answered."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+from make_tiny_checkpoint import make_model, make_processor
+
+from chatpose_hf import ChatPosePipeline
+from chatpose_hf.batch_generate import generate_replies, load_prompts, open_image
+
+
+SETTINGS = {"model": "tiny"}
+LIMITS = {"max_new_tokens": 6, "force_pose": True}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    processor = make_processor()
+    return ChatPosePipeline(model=make_model(processor), processor=processor, device="cpu")
+
+
+@pytest.fixture
+def prompts_file(tmp_path, images):
+    images[0].save(tmp_path / "a.png")
+    images[1].save(tmp_path / "b.png")
+    lines = [
+        {"prompt": "first", "image": "a.png"},
+        {"prompt": "second, é", "id": "two"},
+        {"prompt": "third", "image": ["a.png", str(tmp_path / "b.png")], "id": 30},
+        {"prompt": "fourth", "image": None},
+        {"prompt": "fifth"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def run(pipe, prompts_file, folder, **options):
+    settings = {"settings": SETTINGS, "batch_size": 2, **LIMITS, **options}
+    return generate_replies(pipe, load_prompts(prompts_file), folder, **settings)
+
+
+def test_replies_in_order(pipe, prompts_file, tmp_path, images):
+    path = run(pipe, prompts_file, tmp_path / "out")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [record["id"] for record in records] == [1, "two", 30, 4, 5]
+    assert [record["prompt"] for record in records] == ["first", "second, é", "third", "fourth", "fifth"]
+    assert [len(record["images"]) for record in records] == [1, 0, 2, 0, 0]
+    for record in records:
+        assert "<POSE>" in record["reply"]
+        assert all(len(pose["theta"]) == 72 for pose in record["poses"])
+    # the same words as one at a time
+    alone = pipe({"text": "first", "images": [images[0]]}, **LIMITS)
+    assert records[0]["reply"] == alone["text"]
+    assert records[0]["poses"][0]["theta"] == pytest.approx(alone["poses"][0]["theta"].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("tail", [b"", b'{"id": 3, "pro'])
+def test_a_run_goes_on_where_it_stopped(pipe, prompts_file, tmp_path, monkeypatch, lines, tail):
+    whole = run(pipe, prompts_file, tmp_path / "whole").read_bytes()
+    path = run(pipe, prompts_file, tmp_path / "cut")
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]) + tail)
+    asked = []
+    forward = ChatPosePipeline.preprocess
+    monkeypatch.setattr(
+        ChatPosePipeline, "preprocess", lambda self, inputs: asked.append(inputs["text"]) or forward(self, inputs)
+    )
+    assert run(pipe, prompts_file, tmp_path / "cut").read_bytes() == whole
+    kept = 5 if lines == 5 else lines // 2 * 2
+    assert asked == ["first", "second, é", "third", "fourth", "fifth"][kept:]
+
+
+def test_more_prompts_may_follow(pipe, prompts_file, tmp_path):
+    before = run(pipe, prompts_file, tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    with open(prompts_file, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "sixth"}) + "\n")
+    after = run(pipe, prompts_file, tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    assert after[:4] == before[:4]
+    assert [json.loads(line)["prompt"] for line in after] == [
+        *(json.loads(line)["prompt"] for line in before),
+        "sixth",
+    ]
+
+
+def test_another_folder_is_asked_for(pipe, prompts_file, tmp_path):
+    path = run(pipe, prompts_file, tmp_path / "out")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings: model 'tiny' and now 'big'; name another folder"):
+        run(pipe, prompts_file, tmp_path / "out", settings={"model": "big"})
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "something else"}')
+    with pytest.raises(ValueError, match=r"line 1 of .* answers another prompt, 'first'"):
+        run(pipe, other, tmp_path / "out")
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another run is writing"):
+        run(pipe, prompts_file, tmp_path / "out")
+    assert path.read_bytes() == before
+    path.write_bytes(b"hello\n")
+    with pytest.raises(ValueError, match="is no reply of ours"):
+        run(pipe, prompts_file, tmp_path / "out")
+    assert path.read_bytes() == b"hello\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("hello", "expected a JSON object in line 2"),
+        ("[1]", r'expected {"prompt": "...".*in line 2'),
+        ('{"text": "a"}', r'expected {"prompt"'),
+        ('{"prompt": " "}', r'expected {"prompt"'),
+        ('{"prompt": "a", "images": "b.png"}', "got also images"),
+        ('{"prompt": "a", "image": 3}', "expected a file name"),
+        ('{"prompt": "a", "image": "nowhere.png"}', r"no file `nowhere\.png` \(`image` in line 2"),
+        ('{"prompt": "a", "image": "prompts.jsonl"}', "cannot identify image file"),
+        ('{"prompt": "a", "id": [1]}', "expected a text or a number as `id`"),
+        ('{"prompt": "a", "id": 1}', "ids that differ, got 1 in lines 1 and 2"),
+    ],
+)
+def test_bad_lines_are_named_before_anything_is_answered(tmp_path, line, match):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=match):
+        load_prompts(path)
+
+
+def test_other_refusals(pipe, prompts_file, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        load_prompts(tmp_path / "empty.jsonl")
+    (tmp_path / "token.jsonl").write_text('{"prompt": "what is <image>?"}')
+    with pytest.raises(ValueError, match="a prompt without `<image>`, got one with id 1"):
+        run(pipe, tmp_path / "token.jsonl", tmp_path / "out")
+    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
+        run(pipe, prompts_file, tmp_path / "out", batch_size=0)
+
+
+def test_pictures_that_cannot_be_read(tmp_path, images, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="is not a picture that can be read"):
+        open_image(tmp_path / "text.png")
+    images[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="is a damaged picture"):
+        open_image(tmp_path / "cut.png")
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "nowhere.png")
+    images[0].save(tmp_path / "big.png")
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="more pixels than are read for safety"):
+        open_image(tmp_path / "big.png")
+
+
+def test_a_killed_run_loses_and_doubles_nothing(pipe, prompts_file, tmp_path):
+    """The command, killed without warning after its first replies, then called again."""
+    pipe.save_pretrained(tmp_path / "tiny")
+    prompts_file.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(60)))
+    arguments = ["generate", "--prompts", str(prompts_file), "--model", str(tmp_path / "tiny"), "--force-pose"]
+    arguments += ["--max-new-tokens", "40", "--batch-size", "3", "--device", "cpu", "--output"]
+    command = [sys.executable, "-m", "chatpose_hf.cli", *arguments]
+    replies = tmp_path / "out" / "replies.jsonl"
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (replies.is_file() and replies.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < replies.read_bytes().count(b"\n") < 60, "the test must stop the run in its middle"
+    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
+    prompts = [json.loads(line)["prompt"] for line in replies.read_text().splitlines()]
+    assert prompts == [f"question {n}" for n in range(60)]
