@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 from transformers import pipeline
 
-from chatpose_hf.export import save_reply
+from chatpose_hf.body import BodyModel
+from chatpose_hf.export import Turn, save_reply
 
 
 checkpoint, photo, output = sys.argv[1:]
@@ -22,11 +23,14 @@ questions = [
     "Can you predict the SMPL pose of the person in this image?",
     "Now the person sits down on a chair. What is the SMPL pose?",
 ]
-messages = []
-for turn, question in enumerate(questions):
-    images = [{"type": "image", "image": Image.open(photo)}] if turn == 0 else []
-    messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+body = BodyModel.load()
+messages, turns = [], []
+for question in questions:
+    images = [] if turns else [(photo, Image.open(photo))]
+    content = [*({"type": "image", "image": image} for _, image in images), {"type": "text", "text": question}]
+    messages.append({"role": "user", "content": content})
     reply = pipe(messages, max_new_tokens=128)
     messages.append({"role": "assistant", "content": [{"type": "text", "text": reply["text"]}]})
     print(f"{question}\n  {reply['text']}  ({len(reply['poses'])} poses)")
-    save_reply(Path(output) / f"turn_{turn}", reply, question, [photo] if images else [])
+    turns.append(Turn(question, images, reply))
+    save_reply(Path(output) / f"turn_{len(turns)}", turns, body)

@@ -13,7 +13,8 @@ from make_tiny_checkpoint import make_model, make_processor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_FILE = ROOT / "README.md"
+README = README_FILE.read_text(encoding="utf-8")
 
 
 def blocks(language, heading=None):
@@ -53,6 +54,7 @@ def run(command, desk):
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
+        "SMPL_MODEL_DIR": "",
         "HF_MODULES_CACHE": str(desk / ".modules"),
     }
     done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
@@ -61,18 +63,22 @@ def run(command, desk):
 
 
 def test_run_and_python_blocks(desk):
-    (shell,) = blocks("bash", "Run")
-    out = run(["bash", "-euc", shell], desk)
+    (desk / "questions.jsonl").write_text('{"prompt": "He runs. Give the SMPL pose.", "image": "photo.png"}\n')
+    out = run(["bash", "-euc", "".join(blocks("bash", "Run"))], desk)
     assert "wrote chatpose-13b" in out
     assert "<POSE>" in out
-    assert {path.name for path in (desk / "out").iterdir()} == {"reply.json", "pose.npz"}
+    files = {"reply.json", "pose.npz", "body.glb", "picture.png", "page.html"}
+    assert {path.name for path in (desk / "out").iterdir()} == files
+    assert (desk / "answers.png").is_file()
+    assert (desk / "pose.bvh").is_file()
     printed = [run([sys.executable, "-c", block], desk) for block in blocks("python")]
-    assert printed[0].count("<POSE>") == printed[0].count("torch.Size([72])") == 2
-    assert "torch.Size([23, 3])" in printed[1]
-    assert len(printed) == 3
+    assert printed[0] == "torch.Size([1, 13718, 3]) torch.Size([1, 24, 3]) default\n"
+    assert printed[1].count("<POSE>") == printed[1].count("torch.Size([72])") == 2
+    assert "torch.Size([23, 3])" in printed[2]
+    assert len(printed) == 4
     example = [sys.executable, str(ROOT / "examples" / "chat_about_a_photo.py"), "chatpose-13b", "photo.png", "talk"]
     assert run(example, desk).count("(1 poses)") == 2
-    assert (desk / "talk" / "turn_1" / "pose.npz").is_file()
+    assert (desk / "talk" / "turn_2" / "page.html").is_file()
 
 
 def test_install_and_test_commands_are_what_ci_runs():
@@ -84,8 +90,9 @@ def test_install_and_test_commands_are_what_ci_runs():
 
 
 def test_links_lead_somewhere():
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in (README_FILE, *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{link} in {page}"
 
 
 def test_length():

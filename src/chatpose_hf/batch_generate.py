@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .atomic_write import write_atomically
-from .export import Turn, reply_record
+from .export import reply_record
 from .pipeline_chatpose import ChatPosePipeline
 
 
@@ -146,10 +146,7 @@ def generate_replies(
             replies = pipe(_questions(prompts[done:]), batch_size=batch_size, **generate_kwargs)
             with open(path, "ab") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
                 for prompt, reply in zip(prompts[done:], replies, strict=True):
-                    record = {
-                        "id": prompt.id,
-                        **reply_record(Turn(prompt.prompt, [(n, None) for n in prompt.image_names], reply)),
-                    }
+                    record = {"id": prompt.id, **reply_record(prompt.prompt, prompt.image_names, reply)}
                     file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     file.flush()
                     bar.update()

@@ -74,6 +74,12 @@ class BodyModel(nn.Module):
     faces: Tensor
     rest_vertices: Tensor
     rest_joints: Tensor
+    weights: Tensor
+    pose_offsets: Tensor | None
+    _bones: Tensor
+    _skinning: Tensor
+    _is_ancestor: Tensor
+    _place_in_levels: Tensor
 
     def __init__(
         self,
@@ -153,7 +159,7 @@ class BodyModel(nn.Module):
                 raise ValueError("expected no `betas`, got some: the default body has one shape; name an SMPL file")
             return cls._load_default()
         if str(source) in _REGISTRATION:
-            path = _find_model_file(directory and Path(directory), [str(source)], gender)
+            path = _find_model_file(Path(directory) if directory else None, [str(source)], gender)
         elif Path(source).is_dir() or not Path(source).exists():
             path = _find_model_file(Path(source), list(_REGISTRATION), gender)
         else:
@@ -175,7 +181,7 @@ class BodyModel(nn.Module):
             )
 
     @classmethod
-    def _load_smpl(cls, path: Path, betas) -> "BodyModel":
+    def _load_smpl(cls, path: Path, betas: Sequence[float] | Tensor | None) -> "BodyModel":
         arrays = load_smpl_file(path)
         from smplx import SMPLLayer
         from smplx.lbs import blend_shapes, vertices2joints
@@ -238,14 +244,19 @@ class BodyModel(nn.Module):
         rotmats, leading = self._local_rotmats(pose)
         world_rotmats, joints = self._pose_skeleton(rotmats)
         shifts = joints - (world_rotmats @ self.rest_joints[..., None]).squeeze(-1)
-        transforms = torch.cat([world_rotmats, shifts[..., None]], dim=-1)  # (N, J, 3, 4)
-        vertices = self._skinning @ transforms.permute(1, 3, 0, 2).reshape(4 * self.num_joints, 3 * len(rotmats))
-        vertices = vertices.reshape(len(self.rest_vertices), len(rotmats), 3).transpose(0, 1).contiguous()
+        transforms = torch.cat([world_rotmats, shifts[..., None]], dim=-1)
+        # From here poses come last: each product is one large matrix product for all of them.
+        count = len(rotmats)
+        vertices = self._skinning @ transforms.permute(1, 3, 2, 0).reshape(4 * self.num_joints, 3 * count)
+        vertices = vertices.reshape(len(self.rest_vertices), 3, count)
         if self.pose_offsets is not None:
             bends = rotmats[:, 1:] - torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
-            offsets = (bends.flatten(1) @ self.pose_offsets).reshape(*vertices.shape, 1)
-            turns = (self.weights @ world_rotmats.flatten(-2)).unflatten(-1, (3, 3))
-            vertices = vertices + (turns @ offsets).squeeze(-1)
+            offsets = (self.pose_offsets.T @ bends.flatten(1).T).reshape(len(self.rest_vertices), 3, count)
+            turns = self.weights @ world_rotmats.permute(1, 2, 3, 0).reshape(self.num_joints, 9 * count)
+            turns = turns.reshape(len(self.rest_vertices), 3, 3, count)
+            for axis in range(3):
+                vertices = torch.addcmul(vertices, turns[:, :, axis], offsets[:, axis : axis + 1])
+        vertices = vertices.permute(2, 0, 1).contiguous()
         return vertices.reshape(*leading, *vertices.shape[1:])
 
     def _local_rotmats(self, pose: Tensor) -> tuple[Tensor, tuple[int, ...]]:

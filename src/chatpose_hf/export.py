@@ -285,7 +285,8 @@ def save_reply(folder: str | Path, turns: Sequence[Turn], body: BodyModel) -> li
         contents["body.glb"] = mesh_bytes(poses, body, ".glb")
         contents["picture.png"] = png_bytes(make_picture(poses, body, [image for _, image in turn.images]))
     contents["page.html"] = make_page(turns, body).encode()
-    contents["reply.json"] = _json_bytes({**reply_record(turn), "body": body.name})
+    record = reply_record(turn.prompt, [name for name, _ in turn.images], turn.reply)
+    contents["reply.json"] = _json_bytes({**record, "body": body.name})
     for name in ("pose.npz", "body.glb", "picture.png"):
         # An older answer's pose beside the new answer would be taken for its own.
         if name not in contents:
@@ -357,13 +358,13 @@ def _json_bytes(value: dict) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode()
 
 
-def reply_record(turn: Turn) -> dict:
-    """A turn as JSON: `prompt`, `images`, `reply`, `poses`."""
+def reply_record(prompt: str, images: Sequence[str], reply: dict) -> dict:
+    """A reply as JSON: `prompt`, `images` (names), `reply`, `poses`."""
     return {
-        "prompt": turn.prompt,
-        "images": [name for name, _ in turn.images],
-        "reply": turn.reply["text"],
-        "poses": [{"theta": theta.tolist()} for theta in turn.thetas],
+        "prompt": prompt,
+        "images": list(images),
+        "reply": reply["text"],
+        "poses": [{"theta": pose["theta"].tolist()} for pose in reply["poses"]],
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 
@@ -33,8 +34,8 @@ class _Projected(NamedTuple):
 
 
 def render_bodies(
-    vertices,
-    faces,
+    vertices: ArrayLike,
+    faces: ArrayLike,
     size: int | tuple[int, int] = 512,
     view: str | float = "front",
     colors: Sequence[str] = COLORS,
@@ -84,8 +85,8 @@ def render_bodies(
 
 def overlay_bodies(
     photo: Image.Image,
-    vertices,
-    faces,
+    vertices: ArrayLike,
+    faces: ArrayLike,
     box: tuple[float, float, float, float] | None = None,
     colors: Sequence[str] = COLORS,
     alpha: float = 0.8,
@@ -146,9 +147,10 @@ def contact_sheet(
         raise ValueError(f"expected a caption for each of the {len(pictures)} pictures, got {len(captions)}")
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    font = ImageFont.load_default(max(tile / 18, 9))
+    font_size = max(tile / 18, 9)
+    font = ImageFont.load_default(font_size)
     lines = [_wrap(caption, font, tile - 12) for caption in captions]
-    line_height = sum(font.getmetrics()) + 1
+    line_height = round(1.3 * font_size)
     band = (max(map(len, lines)) * line_height + 8) if lines else 0
     _check_size(columns * tile, rows * (tile + band))
     sheet = Image.new("RGB", (columns * tile, rows * (tile + band)), "white")
@@ -165,7 +167,9 @@ def contact_sheet(
     return sheet
 
 
-def _wrap(text: str, font, width: float, max_lines: int = 3) -> list[str]:
+def _wrap(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, max_lines: int = 3
+) -> list[str]:
     """Lines that fit; a word that does not is broken, and what is left over becomes an ellipsis."""
     lines = [""]
     for word in text.split():
@@ -185,7 +189,7 @@ def _wrap(text: str, font, width: float, max_lines: int = 3) -> list[str]:
     return lines
 
 
-def _check_mesh(vertices, faces) -> tuple[np.ndarray, np.ndarray]:
+def _check_mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     vertices = np.asarray(vertices, dtype=np.float32)
     faces = np.asarray(faces, dtype=np.int64)
     vertices = vertices[None] if vertices.ndim == 2 else vertices
@@ -228,10 +232,8 @@ def _frame(parts: list[np.ndarray], width: int, height: int) -> list[_Projected]
     extent = np.maximum(high - low, 1e-9)
     pixels_per_unit = min(width * (1 - 2 * _MARGIN) / extent[0], height * (1 - 2 * _MARGIN) / extent[1])
     place = (np.array([width, height]) - (low + high) * pixels_per_unit) / 2
-    return [
-        _Projected(*(plane * pixels_per_unit + place).astype(np.float32).T, inverse)
-        for plane, inverse in zip(planes, inverse_depths, strict=True)
-    ]
+    pixels = [(plane * pixels_per_unit + place).astype(np.float32) for plane in planes]
+    return [_Projected(xy[:, 0], xy[:, 1], inverse) for xy, inverse in zip(pixels, inverse_depths, strict=True)]
 
 
 def _flat_faces(faces: np.ndarray, num_bodies: int, num_vertices: int) -> np.ndarray:
@@ -259,13 +261,12 @@ def _rasterize(
     row_y = row + 0.5
     left, right = np.full(len(row), -0.5), np.full(len(row), width + 0.5)
     for start, end in ((0, 1), (1, 2), (2, 0)):
-        # Inside is where (run * (row_y - y_start) - rise * (x - x_start)) has the area's sign: a bound on x.
+        # Inside, run * (row_y - y_start) - rise * (x - x_start) has the area's sign: each edge bounds x on one side.
         rise, run = (y[:, end] - y[:, start]), (x[:, end] - x[:, start])
         slope = np.divide(run, rise, out=np.zeros_like(run), where=rise != 0)
         crossing = x[triangle, start] + slope[triangle] * (row_y - y[triangle, start])
         is_left = (rise * area > 0)[triangle]
         is_right = (rise * area < 0)[triangle]
-        # With y down and a positive area the interior lies to the left of a falling edge.
         np.minimum(right, crossing, out=right, where=is_left)
         np.maximum(left, crossing, out=left, where=is_right)
     first_column = np.clip(np.ceil(left - 0.5), 0, width).astype(np.int64)
