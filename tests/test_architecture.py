@@ -22,6 +22,7 @@ HUB_FILES = {
 LAYERS = {
     "atomic_write": 1,
     "array_files": 1,
+    "image_files": 1,
     "pose_files": 2,
     "smpl_files": 2,
     "render": 3,

@@ -12,7 +12,7 @@ from filelock import FileLock
 from make_tiny_checkpoint import make_model, make_processor
 
 from chatpose_hf import ChatPosePipeline
-from chatpose_hf.batch_generate import generate_replies, load_prompts, open_image
+from chatpose_hf.batch_generate import generate_replies, load_prompts
 
 
 SETTINGS = {"model": "tiny"}
@@ -138,22 +138,6 @@ def test_other_refusals(pipe, prompts_file, tmp_path):
         run(pipe, tmp_path / "token.jsonl", tmp_path / "out")
     with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
         run(pipe, prompts_file, tmp_path / "out", batch_size=0)
-
-
-def test_pictures_that_cannot_be_read(tmp_path, images, monkeypatch):
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
-        open_image(tmp_path / "text.png")
-    images[0].save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-2000])
-    with pytest.raises(ValueError, match="is a damaged picture"):
-        open_image(tmp_path / "cut.png")
-    with pytest.raises(FileNotFoundError):
-        open_image(tmp_path / "nowhere.png")
-    images[0].save(tmp_path / "big.png")
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match="more pixels than are read for safety"):
-        open_image(tmp_path / "big.png")
 
 
 def test_a_killed_run_loses_and_doubles_nothing(pipe, prompts_file, tmp_path):

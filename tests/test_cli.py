@@ -178,9 +178,7 @@ def test_errors_are_explained(folder, picture, tmp_path, capsys):
     assert NO_MODEL in failure("generate", "a")
     assert "cannot load a ChatPose checkpoint" in failure("generate", "a", "--model", str(tmp_path / "nowhere"))
     (tmp_path / "text.png").write_text("no picture")
-    assert "is not a picture" in failure(
-        "generate", "a", "--image", str(tmp_path / "text.png"), "--model", str(folder)
-    )
+    assert "is no picture" in failure("generate", "a", "--image", str(tmp_path / "text.png"), "--model", str(folder))
     assert "No such file" in failure("generate", "a", "--image", "nowhere.png", "--model", str(folder))
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')

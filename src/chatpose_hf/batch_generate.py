@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .atomic_write import write_atomically
 from .export import reply_record
+from .image_files import open_image
 from .pipeline_chatpose import ChatPosePipeline
 
 
@@ -22,26 +23,6 @@ class Prompt(NamedTuple):
     prompt: str
     image_names: list[str]
     image_paths: list[Path]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """
-    Reads a picture as RGB.
-
-    Raises:
-        ValueError: for what is no picture, is cut off, or has more pixels than Pillow reads for safety.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"`{path}` is not a picture that can be read (PNG, JPEG, WebP, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"`{path}` has more pixels than are read for safety: {error}") from error
-    except (OSError, SyntaxError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's own words: no such file, no permission
-        raise ValueError(f"`{path}` is a damaged picture: {error}") from error
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:

@@ -155,9 +155,10 @@ def _generate(options) -> None:
     Answers one prompt: prints the reply and, with --output, writes reply.json, pose.npz, body.glb, picture.png and
     page.html. Or answers a file of prompts into replies.jsonl, going on where a former run stopped.
     """
-    from .batch_generate import generate_replies, load_prompts, open_image
+    from .batch_generate import generate_replies, load_prompts
     from .body import BodyModel
     from .export import Turn
+    from .image_files import open_image
 
     if (options.prompt is None) == (options.prompts is None):
         raise ValueError("expected either a prompt or `--prompts FILE`")
@@ -183,9 +184,9 @@ def _generate(options) -> None:
 
 def _chat(options) -> None:
     """A conversation. Lines are questions; "/image FILE" shows a picture with the next one, "/new" starts afresh, "/quit" ends."""
-    from .batch_generate import open_image
     from .body import BodyModel
     from .export import Turn
+    from .image_files import open_image
 
     body = BodyModel.load(options.body) if options.output else None
     pipe = _load_pipeline(options)
@@ -229,9 +230,9 @@ def _render(options) -> None:
     (.json) or a page with 3D bodies (.html).
     """
     from .atomic_write import write_atomically
-    from .batch_generate import open_image
     from .body import BodyModel
     from .export import overlay_picture, png_bytes, save_poses
+    from .image_files import open_image
     from .pose_files import load_poses
 
     source = Path(options.file)

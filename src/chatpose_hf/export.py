@@ -91,9 +91,10 @@ def mesh_bytes(poses: Tensor, body: BodyModel, suffix: str) -> bytes:
     ]
     if suffix == ".glb":
         for number, mesh in enumerate(meshes):
-            color = [*ImageColor.getrgb(COLORS[number % len(COLORS)]), 255]
+            # glTF's colours are linear.
+            color = [(value / 255) ** 2.2 for value in ImageColor.getrgb(COLORS[number % len(COLORS)])]
             material = trimesh.visual.material.PBRMaterial(
-                baseColorFactor=color, metallicFactor=0.0, roughnessFactor=0.7
+                baseColorFactor=[*color, 1.0], metallicFactor=0.0, roughnessFactor=0.7
             )
             mesh.visual = trimesh.visual.TextureVisuals(material=material)
         scene = trimesh.Scene({f"pose_{number}": mesh for number, mesh in enumerate(meshes, start=1)})
