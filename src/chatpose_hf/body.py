@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,10 @@ class BodyModel(nn.Module):
     _bones: Tensor
     _skinning: Tensor
     _is_ancestor: Tensor
-    _place_in_levels: Tensor
+    _by_depth: Tensor
+    _from_by_depth: Tensor
+    _parent_in_level: Tensor
+    _parents: Tensor
 
     def __init__(
         self,
@@ -112,13 +116,16 @@ class BodyModel(nn.Module):
             depth[joint] = depth[parent] + 1
             is_ancestor[joint] += is_ancestor[parent]
         # Joints of one depth hang on joints that are done: one product for each depth instead of one for each joint.
-        self._levels = [[j for j in range(num_joints) if depth[j] == level] for level in range(max(depth) + 1)]
-        order = [joint for level in self._levels for joint in level]
-
+        self._level_sizes = [depth.count(level) for level in range(max(depth) + 1)]
+        by_depth = sorted(range(num_joints), key=depth.__getitem__)
+        level_starts = [0, *accumulate(self._level_sizes)]
+        parent_in_level = [by_depth.index(self.parents[j]) - level_starts[depth[j] - 1] for j in by_depth[1:]]
         bones = rest_joints.clone()
         bones[1:] -= rest_joints[list(self.parents[1:])]
         # sum_j w_j (R_j v + t_j) = sum_j [R_j t_j] (w_j [v 1]): one product for all poses instead of a matrix a vertex.
-        skinning = (weights[..., None] * nn.functional.pad(rest_vertices, (0, 1), value=1.0)[:, None]).flatten(1)
+        skinning = (weights[..., None] * nn.functional.pad(rest_vertices, (0, 1), value=1.0)[:, None]).flatten(1).T
+        if pose_offsets is not None:
+            pose_offsets = pose_offsets.unflatten(1, (-1, 3)).transpose(1, 2).flatten(1)
         for buffer_name, value in {
             "rest_vertices": rest_vertices,
             "rest_joints": rest_joints,
@@ -126,9 +133,12 @@ class BodyModel(nn.Module):
             "faces": faces,
             "pose_offsets": pose_offsets,
             "_bones": bones,
-            "_skinning": skinning,
+            "_skinning": skinning.contiguous(),
             "_is_ancestor": is_ancestor.to(rest_joints),
-            "_place_in_levels": torch.tensor(order).argsort(),
+            "_by_depth": torch.tensor(by_depth),
+            "_from_by_depth": torch.tensor(by_depth).argsort(),
+            "_parent_in_level": torch.tensor([0, *parent_in_level]),
+            "_parents": torch.tensor([0, *self.parents[1:]]),
         }.items():
             self.register_buffer(buffer_name, value, persistent=False)
 
@@ -244,19 +254,17 @@ class BodyModel(nn.Module):
         rotmats, leading = self._local_rotmats(pose)
         world_rotmats, joints = self._pose_skeleton(rotmats)
         shifts = joints - (world_rotmats @ self.rest_joints[..., None]).squeeze(-1)
-        transforms = torch.cat([world_rotmats, shifts[..., None]], dim=-1)
-        # From here poses come last: each product is one large matrix product for all of them.
-        count = len(rotmats)
-        vertices = self._skinning @ transforms.permute(1, 3, 2, 0).reshape(4 * self.num_joints, 3 * count)
-        vertices = vertices.reshape(len(self.rest_vertices), 3, count)
+        # From here vertices come last: each product is one large matrix product for all poses.
+        transforms = torch.cat([world_rotmats, shifts[..., None]], dim=-1).transpose(1, 2)  # (N, 3, J, 4)
+        vertices = (transforms.reshape(3 * len(rotmats), 4 * self.num_joints) @ self._skinning).unflatten(0, (-1, 3))
         if self.pose_offsets is not None:
             bends = rotmats[:, 1:] - torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
-            offsets = (self.pose_offsets.T @ bends.flatten(1).T).reshape(len(self.rest_vertices), 3, count)
-            turns = self.weights @ world_rotmats.permute(1, 2, 3, 0).reshape(self.num_joints, 9 * count)
-            turns = turns.reshape(len(self.rest_vertices), 3, 3, count)
+            offsets = (bends.flatten(1) @ self.pose_offsets).unflatten(1, (3, -1))
+            turns = world_rotmats.flatten(2).transpose(1, 2).reshape(9 * len(rotmats), self.num_joints)
+            turns = (turns @ self.weights.T).unflatten(0, (-1, 3, 3))
             for axis in range(3):
                 vertices = torch.addcmul(vertices, turns[:, :, axis], offsets[:, axis : axis + 1])
-        vertices = vertices.permute(2, 0, 1).contiguous()
+        vertices = vertices.transpose(1, 2).contiguous()
         return vertices.reshape(*leading, *vertices.shape[1:])
 
     def _local_rotmats(self, pose: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -283,14 +291,16 @@ class BodyModel(nn.Module):
 
     def _pose_skeleton(self, rotmats: Tensor) -> tuple[Tensor, Tensor]:
         """Local rotations `(N, J, 3, 3)` to rotations in the body's frame, same shape, and joints `(N, J, 3)`."""
-        levels = [rotmats[:, :1]]
-        for above, level in zip(self._levels, self._levels[1:], strict=False):
-            places = [above.index(self.parents[joint]) for joint in level]
-            levels.append(levels[-1][:, places] @ rotmats[:, level])
-        world_rotmats = torch.cat(levels, dim=1)[:, self._place_in_levels]
-        # A joint stands at the sum of the bones above it, each turned as the joint it hangs on.
-        bones = world_rotmats[:, list(self.parents[1:])] @ self._bones[1:, :, None]
-        bones = torch.cat([self._bones[:1].expand(len(bones), 1, 3), bones.squeeze(-1)], dim=1)
+        local_levels = rotmats.index_select(1, self._by_depth).split(self._level_sizes, dim=1)
+        parent_levels = self._parent_in_level.split(self._level_sizes)
+        levels = [local_levels[0]]
+        for local, parents in zip(local_levels[1:], parent_levels[1:], strict=True):
+            levels.append(levels[-1].index_select(1, parents) @ local)
+        world_rotmats = torch.cat(levels, dim=1).index_select(1, self._from_by_depth)
+        # A joint stands at the sum of the bones above it, each turned as the joint it hangs on; the root's own bone is
+        # its place, which nothing turns.
+        bones = (world_rotmats.index_select(1, self._parents) @ self._bones[..., None]).squeeze(-1)
+        bones = torch.cat([self._bones[:1].expand(len(bones), 1, 3), bones[:, 1:]], dim=1)
         return world_rotmats, self._is_ancestor @ bones
 
 
