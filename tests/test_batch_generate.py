@@ -33,7 +33,7 @@ def prompts_file(tmp_path, images):
         {"prompt": "first", "image": "a.png"},
         {"prompt": "second, é", "id": "two"},
         {"prompt": "third", "image": ["a.png", str(tmp_path / "b.png")], "id": 30},
-        {"prompt": "fourth", "image": None},
+        {"prompt": "fourth,\u2028on two lines", "image": None},
         {"prompt": "fifth"},
     ]
     path = tmp_path / "prompts.jsonl"
@@ -48,9 +48,15 @@ def run(pipe, prompts_file, folder, **options):
 
 def test_replies_in_order(pipe, prompts_file, tmp_path, images):
     path = run(pipe, prompts_file, tmp_path / "out")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     assert [record["id"] for record in records] == [1, "two", 30, 4, 5]
-    assert [record["prompt"] for record in records] == ["first", "second, é", "third", "fourth", "fifth"]
+    assert [record["prompt"] for record in records] == [
+        "first",
+        "second, é",
+        "third",
+        "fourth,\u2028on two lines",
+        "fifth",
+    ]
     assert [len(record["images"]) for record in records] == [1, 0, 2, 0, 0]
     for record in records:
         assert "<POSE>" in record["reply"]
@@ -74,14 +80,14 @@ def test_a_run_goes_on_where_it_stopped(pipe, prompts_file, tmp_path, monkeypatc
     )
     assert run(pipe, prompts_file, tmp_path / "cut").read_bytes() == whole
     kept = 5 if lines == 5 else lines // 2 * 2
-    assert asked == ["first", "second, é", "third", "fourth", "fifth"][kept:]
+    assert asked == ["first", "second, é", "third", "fourth,\u2028on two lines", "fifth"][kept:]
 
 
 def test_more_prompts_may_follow(pipe, prompts_file, tmp_path):
-    before = run(pipe, prompts_file, tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    before = run(pipe, prompts_file, tmp_path / "out").read_bytes().splitlines()
     with open(prompts_file, "a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": "sixth"}) + "\n")
-    after = run(pipe, prompts_file, tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    after = run(pipe, prompts_file, tmp_path / "out").read_bytes().splitlines()
     assert after[:4] == before[:4]
     assert [json.loads(line)["prompt"] for line in after] == [
         *(json.loads(line)["prompt"] for line in before),

@@ -112,10 +112,12 @@ def test_replies(poses, tmp_path):
     assert names == ["run", "run"]
     lines = [
         {"id": 7, "prompt": "a", "poses": thetas[:1]},
-        {"prompt": "b", "poses": []},
+        {"prompt": "b\u2028", "poses": []},
         {"prompt": "c", "poses": thetas[1:]},
     ]
-    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "replies.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     loaded, names = load_poses(tmp_path / "replies.jsonl")
     torch.testing.assert_close(loaded, poses)
     assert names == ["7", "c", "c", "c", "c"]

@@ -37,7 +37,8 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     prompts: list[Prompt] = []
     line_of: dict[str | int, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which also cuts at characters that JSON has inside strings, such as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"line {number} of {path}"
@@ -128,7 +129,7 @@ def generate_replies(
             with open(path, "ab") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
                 for prompt, reply in zip(prompts[done:], replies, strict=True):
                     record = {"id": prompt.id, **reply_record(prompt.prompt, prompt.image_names, reply)}
-                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    file.write(json.dumps(record).encode() + b"\n")
                     file.flush()
                     bar.update()
                 os.fsync(file.fileno())

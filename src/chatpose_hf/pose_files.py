@@ -127,7 +127,9 @@ def _load_npz(path: Path, frame: str | None) -> Tensor:
 def _load_json(path: Path, frame: str | None) -> tuple[Tensor, list[str]]:
     text = path.read_text(encoding="utf-8")
     try:
-        records = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+        # Lines end at \n alone: `splitlines` would cut at characters that JSON has inside strings.
+        lines = text.strip().split("\n") if path.suffix == ".jsonl" else [text]
+        records = [json.loads(line) for line in lines]
         thetas = [
             (theta["theta"], str(record.get("id", record.get("prompt", ""))))
             for record in records
