@@ -1,6 +1,7 @@
 """The model: what a LLaVA must do, the pose loss, and poses from every way of generating."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -502,9 +503,10 @@ def test_continuing_from_a_cache(model, processor, text_batch):
     )
     mask = torch.cat([text_batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)], dim=1)
     more = {"input_ids": first.sequences, "attention_mask": mask}
+    name = "cache" if "cache" in first else "past_key_values"  # renamed in transformers 5.24
     second = model.generate(
         **more,
-        past_key_values=first.past_key_values,
+        **{name: first[name]},
         max_new_tokens=6,
         return_dict_in_generate=True,
         logits_processor=LogitsProcessorList([say(first.sequences.shape[1])]),
@@ -557,11 +559,12 @@ def test_generate_runs_the_model_once_a_token_and_keeps_one_layer(model, process
 @pytest.mark.slow
 def test_static_cache_compiles_as_one_graph(model, processor, text_batch):
     torch._dynamo.reset()
-    cache = StaticCache(model.config.text_config, max_cache_len=64)
+    name = "cache" if "cache" in signature(type(model).__base__.forward).parameters else "past_key_values"
+    cache = {name: StaticCache(model.config.text_config, max_cache_len=64)}
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     ids = text_batch["input_ids"]
     eager = model(input_ids=ids, logits_to_keep=1)
-    output = compiled(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    output = compiled(input_ids=ids, **cache, logits_to_keep=1)
     torch.testing.assert_close(output.last_hidden_state, eager.last_hidden_state, atol=1e-4, rtol=0)
 
 

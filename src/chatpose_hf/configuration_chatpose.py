@@ -41,9 +41,11 @@ class ChatPoseConfig(LlavaConfig):
     model_type = "chatpose"
     keys_to_ignore_at_inference = [  # noqa: RUF012 - the name and the type that Trainer reads
         "past_key_values",
+        "cache",  # its name from transformers 5.24 on
         "hidden_states",
         "attentions",
         "image_hidden_states",
+        "image_outputs",
         "last_hidden_state",
         "ce_loss",
         "pose_loss",

@@ -24,6 +24,8 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.generation import GenerateBeamDecoderOnlyOutput
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_chatpose import ChatPoseConfig
@@ -36,9 +38,10 @@ register_checkpoint_conversion_mapping("chatpose", get_checkpoint_conversion_map
 
 
 @dataclass
-class ChatPoseOutput(ModelOutput):
+class ChatPoseOutput(LlavaCausalLMOutputWithPast):
     """
-    Output of [`ChatPoseForConditionalGeneration.forward`]. `B` rows, `T` tokens, `P` poses, `J` joints.
+    Output of [`ChatPoseForConditionalGeneration.forward`]: LLaVA's fields and ours. `B` rows, `T` tokens, `P` poses,
+    `J` joints.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
@@ -52,24 +55,18 @@ class ChatPoseOutput(ModelOutput):
             The two terms of the loss before their weights, detached.
         last_hidden_state (`torch.Tensor` of shape `(B, T, hidden_size)`):
             The last layer's state after the final norm, at the positions that `logits` covers.
-        past_key_values, hidden_states, attentions, image_hidden_states:
+        past_key_values (`cache` from transformers 5.24 on), hidden_states, attentions, image_hidden_states:
             As in [`~transformers.LlavaForConditionalGeneration`].
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     pose_rotmats: Tensor | None = None
     ce_loss: Tensor | None = None
     pose_loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
 
 
 @dataclass
-class ChatPoseGenerateOutput(ModelOutput):
+class ChatPoseGenerateOutput(GenerateBeamDecoderOnlyOutput):
     """
     Output of [`ChatPoseForConditionalGeneration.generate`] with `return_dict_in_generate=True`: transformers' fields
     and the `P` poses of all sequences, ordered by sequence, then by position.
@@ -85,22 +82,15 @@ class ChatPoseGenerateOutput(ModelOutput):
             The column of `sequences` where each pose's `<POSE>` stands.
         prompt_length (`int`):
             Columns of `sequences` that are prompt.
-        sequences_scores, scores, logits, beam_indices, attentions, hidden_states, past_key_values:
+        sequences_scores, scores, logits, beam_indices, attentions, hidden_states, past_key_values (`cache` from
+        transformers 5.24 on):
             As in [`~transformers.generation.GenerateDecoderOnlyOutput`] and its beam form.
     """
 
-    sequences: Tensor | None = None
     pose_rotmats: Tensor | None = None
     pose_sequence_index: Tensor | None = None
     pose_token_positions: Tensor | None = None
     prompt_length: int | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    beam_indices: Tensor | None = None
-    attentions: tuple[tuple[Tensor, ...], ...] | None = None
-    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
-    past_key_values: Any = None
 
 
 class PoseHead(nn.Module):
@@ -348,6 +338,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        cache: Any = None,
         **kwargs,
     ) -> ChatPoseOutput:
         """
@@ -362,7 +353,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values (`torch.Tensor` of shape `(num_images, 3, H, W)`, *optional*):
                 The pictures of all rows, in order; rows without one are welcome.
             attention_mask, position_ids, past_key_values, inputs_embeds, logits_to_keep, vision_feature_layer,
-            vision_feature_select_strategy, image_sizes, mm_encoder_outputs:
+            vision_feature_select_strategy, image_sizes, mm_encoder_outputs, cache:
                 As in [`~transformers.LlavaForConditionalGeneration`].
             labels (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Tokens to learn, -100 elsewhere; shifted here.
@@ -385,12 +376,15 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if mm_encoder_outputs is not None:  # new in 5.2x: `generate` encodes the pictures once, before it adds beams
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if cache is not None:  # `past_key_values` is called so from transformers 5.24 on
+            kwargs["cache"] = cache
+        elif past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -423,6 +417,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             ce_loss, pose_loss = ce_loss.detach(), pose_loss.detach()
         elif pose_labels is not None:
             raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
+        # The keys and values, the hidden states and what the pictures became pass through, however this version names them.
+        passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return ChatPoseOutput(
             loss=loss,
             logits=logits,
@@ -430,10 +426,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             ce_loss=ce_loss,
             pose_loss=pose_loss,
             last_hidden_state=last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            **passed,
         )
 
     def _pose_errors(self, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
