@@ -186,6 +186,10 @@ def test_where_a_body_comes_from(model_dir, tmp_path, monkeypatch):
     assert BodyModel.load(odd).name == "SMPL-X (my body.npz)"
     (tmp_path / "basicmodel_m_lbs_10_207_0_v1.0.0.pkl").write_bytes((model_dir / "SMPL_NEUTRAL.pkl").read_bytes())
     assert BodyModel.load(tmp_path, gender="male").name == "SMPL (basicmodel_m_lbs_10_207_0_v1.0.0.pkl)"
+    (tmp_path / "smplh" / "female").mkdir(parents=True)
+    smplh = (model_dir / "smplh" / "SMPLH_NEUTRAL.npz").read_bytes()
+    (tmp_path / "smplh" / "female" / "model.npz").write_bytes(smplh)  # as AMASS's site has it
+    assert BodyModel.load(tmp_path, gender="female").name == "SMPL-H (model.npz)"
     monkeypatch.setenv("SMPL_MODEL_DIR", str(model_dir))
     assert BodyModel.load().name == "SMPL (SMPL_NEUTRAL.pkl)"
     assert BodyModel.load("default").name == "default"

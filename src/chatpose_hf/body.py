@@ -192,11 +192,11 @@ class BodyModel(nn.Module):
 
     @classmethod
     def _load_smpl(cls, path: Path, betas: Sequence[float] | Tensor | None) -> "BodyModel":
-        arrays = load_smpl_file(path)
         from smplx import SMPLLayer
         from smplx.lbs import blend_shapes, vertices2joints
         from smplx.utils import Struct
 
+        arrays = load_smpl_file(path)
         betas = torch.zeros(10) if betas is None else torch.as_tensor(betas, dtype=torch.float32).flatten()
         # The number of joints tells the kind; smplx would guess it from the file's name.
         num_joints = arrays["weights"].shape[1]
@@ -269,7 +269,7 @@ class BodyModel(nn.Module):
 
     def _local_rotmats(self, pose: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Rotation matrices `(N, J, 3, 3)` of this body's joints, and the leading shape."""
-        sizes = {24, 52, 55, self.num_joints}
+        sizes = {24, 52, 55}
         if pose.shape[-2:] == (3, 3) and pose.ndim > 2 and pose.shape[-3] in sizes:
             rotmats = pose
         elif pose.shape[-1:] == (3,) and pose.ndim > 1 and pose.shape[-2] in sizes:
@@ -311,7 +311,7 @@ def _find_model_file(directory: Path | None, kinds: list[str], gender: str) -> P
     stems = {
         "smpl": [f"smpl_{gender}", *(f"basicmodel_{letters[gender]}_lbs_10_207_0_v1.{n}.0" for n in (1, 0))],
         "smplh": [f"smplh_{gender}"],
-        "smplx": [f"smplx_{gender}"],
+        "smplx": [f"smplx_{gender}", f"smplx_{gender}_2020"],
     }
     looked_for = [
         (folder, f"{stem}{suffix}")
@@ -320,6 +320,8 @@ def _find_model_file(directory: Path | None, kinds: list[str], gender: str) -> P
         for stem in stems[kind]
         for suffix in (".npz", ".pkl")
     ]
+    if directory and "smplh" in kinds:  # as AMASS's site has it, a folder for each gender
+        looked_for += [(folder / gender, "model.npz") for folder in (directory, directory / "smplh")]
     for folder, file_name in looked_for:
         if folder.is_dir():
             for path in sorted(folder.iterdir()):
