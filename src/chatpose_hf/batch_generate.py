@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .atomic_write import write_atomically
@@ -125,7 +125,10 @@ def generate_replies(
         with FileLock(folder / ".lock", timeout=0):
             _check_settings(folder / "settings.json", settings, has_replies=path.exists())
             done = _keep_whole_batches(path, prompts, batch_size)
-            replies = pipe(_questions(prompts[done:]), batch_size=batch_size, **generate_kwargs)
+            # Some versions choke on no inputs at all.
+            replies = (
+                pipe(_Questions(prompts[done:]), batch_size=batch_size, **generate_kwargs) if prompts[done:] else []
+            )
             with open(path, "ab") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
                 for prompt, reply in zip(prompts[done:], replies, strict=True):
                     record = {"id": prompt.id, **reply_record(prompt.prompt, prompt.image_names, reply)}
@@ -138,10 +141,21 @@ def generate_replies(
     return path
 
 
-def _questions(prompts: list[Prompt]) -> Iterator[dict]:
-    """Pictures are opened when their turn comes, not all at once."""
-    for prompt in prompts:
-        yield {"text": prompt.prompt, "images": [open_image(path) for path in prompt.image_paths]}
+class _Questions(Dataset):
+    """
+    The pipeline's inputs; pictures are opened when their turn comes, not all at once. A data set, because transformers
+    5.10 makes a list of a generator, and returns only when all is answered.
+    """
+
+    def __init__(self, prompts: list[Prompt]):
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict:
+        prompt = self.prompts[index]
+        return {"text": prompt.prompt, "images": [open_image(path) for path in prompt.image_paths]}
 
 
 def _check_settings(path: Path, settings: dict, has_replies: bool) -> None:
