@@ -118,7 +118,8 @@ def overlay_bodies(
     projected = _Projected(
         x=(flat[:, 0] - (low[0] + high[0]) / 2) * scale + (left + right) / 2 * _SUPERSAMPLING,
         y=(flat[:, 1] - (low[1] + high[1]) / 2) * scale + (top + bottom) / 2 * _SUPERSAMPLING,
-        inverse_depth=1 / (flat[:, 2] - low[2] + 1),
+        # Along parallel rays depth only says what is in front; nearly equal numbers leave the shading's weights alone.
+        inverse_depth=1 + 1e-3 * (high[2] - flat[:, 2]),
     )
     drawn = _draw(vertices, projected, faces, width * _SUPERSAMPLING, height * _SUPERSAMPLING, colors)
     drawn.putalpha(drawn.getchannel("A").point(lambda value: round(value * alpha)))
