@@ -135,6 +135,15 @@ def test_bad_lines_are_named_before_anything_is_answered(tmp_path, line, match):
         load_prompts(path)
 
 
+def test_files_of_windows_editors(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
+    assert [(prompt.id, prompt.prompt) for prompt in load_prompts(path)] == [(1, "a"), (3, "b")]
+    path.write_bytes('{"prompt": "é"}'.encode("latin1"))
+    with pytest.raises(ValueError, match=r"expected UTF-8 text in .*prompts\.jsonl"):
+        load_prompts(path)
+
+
 def test_other_refusals(pipe, prompts_file, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="at least one prompt"):

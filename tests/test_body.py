@@ -117,6 +117,7 @@ def test_every_form_of_a_pose_gives_the_same_body(body):
         longer = torch.cat([poses[..., :22, :], random_poses(2, 3, joints=joints - 22)], dim=-2)
         torch.testing.assert_close(body.joints(longer), body.joints(flat_hands))
         torch.testing.assert_close(body.joints(longer.flatten(-2)), body.joints(flat_hands))
+    torch.testing.assert_close(body.vertices(poses.numpy()), vertices)
     assert body.vertices(torch.zeros(0, 24, 3)).shape == (0, len(body.rest_vertices), 3)
     assert body.joints(torch.zeros(0, 24, 3, 3)).shape == (0, 24, 3)
     torch.testing.assert_close(body.joints(poses.bfloat16()), body.joints(poses), atol=0.05, rtol=0)

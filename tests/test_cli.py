@@ -115,6 +115,10 @@ def test_render(tmp_path, capsys, monkeypatch, picture):
     assert main(["render", "walk.npz", *photo]) == 1
     assert "`--photo` takes one pose" in capsys.readouterr().err
     assert main(["render", "walk.npz", "--output", "nowhere/a.png"]) == 1
+    assert main(["render", "walk.npz", "--view", "nan"]) == 1
+    assert main(["render", "walk.npz", "--output", "WALK.PLY"]) == 0
+    assert (tmp_path / "WALK.PLY").read_bytes().startswith(b"ply")
+    capsys.readouterr()
     assert main(["render", "walk.npz", "--view", "below"]) == 1
     assert "expected a view of front" in capsys.readouterr().err
 
@@ -186,6 +190,13 @@ def test_errors_are_explained(folder, picture, tmp_path, capsys):
         "generate", "a", "--model", str(tmp_path / "llama")
     )
     assert "expected either a prompt or `--prompts FILE`" in failure("generate", "--model", str(folder))
+    assert "got an empty prompt" in failure("generate", " ", "--model", str(folder))
+    for output in (tmp_path / "text.png", tmp_path / "text.png" / "below"):
+        for question in (["a"], ["--prompts", "a.jsonl"]):
+            assert "expected a folder as `--output`, got the file" in failure(
+                "generate", *question, "--model", str(folder), "--output", str(output)
+            )
     assert "`--prompts` needs `--output DIR`" in failure("generate", "--prompts", "a.jsonl", "--model", str(folder))
-    with pytest.raises(SystemExit, match="2"):
-        main(["dance"])
+    for wrong in (["dance"], ["app", "--port", "99999"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)

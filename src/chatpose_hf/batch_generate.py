@@ -35,10 +35,14 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             lines are checked before the first is answered.
     """
     path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in {path}: {error}") from error
     prompts: list[Prompt] = []
     line_of: dict[str | int, int] = {}
     # Not `splitlines`, which also cuts at characters that JSON has inside strings, such as U+2028.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         place = f"line {number} of {path}"

@@ -269,6 +269,7 @@ class BodyModel(nn.Module):
 
     def _local_rotmats(self, pose: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Rotation matrices `(N, J, 3, 3)` of this body's joints, and the leading shape."""
+        pose = torch.as_tensor(pose)  # NumPy arrays too
         sizes = {24, 52, 55}
         if pose.shape[-2:] == (3, 3) and pose.ndim > 2 and pose.shape[-3] in sizes:
             rotmats = pose

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
     )
-    app.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    app.add_argument("--port", type=int, choices=range(1, 2**16), metavar="N", default=7860, help="(default: 7860)")
     _add_model_arguments(app)
     _add_body_argument(app)
     app.set_defaults(run=_app)
@@ -143,6 +143,23 @@ def _describe(reply: dict) -> str:
     return "\n".join(lines)
 
 
+def _check_output(folder: str) -> None:
+    """Before the model is asked: its answer must not meet a bad folder."""
+    existing = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"expected a folder as `--output`, got the file {existing}")
+
+
+def _load_body(options):
+    """The body for the files of --output; None without it."""
+    from .body import BodyModel
+
+    if not options.output:
+        return None
+    _check_output(options.output)
+    return BodyModel.load(options.body)
+
+
 def _save(folder: Path, turns: list, body) -> None:
     from .export import save_reply
 
@@ -156,7 +173,6 @@ def _generate(options) -> None:
     page.html. Or answers a file of prompts into replies.jsonl, going on where a former run stopped.
     """
     from .batch_generate import generate_replies, load_prompts
-    from .body import BodyModel
     from .export import Turn
     from .image_files import open_image
 
@@ -166,6 +182,7 @@ def _generate(options) -> None:
     if options.prompts is not None:
         if options.image or not options.output:
             raise ValueError("`--prompts` needs `--output DIR`, and names pictures in its lines, not by `--image`")
+        _check_output(options.output)
         prompts = load_prompts(options.prompts)
         settings = {"model": options.model, **generate_kwargs}
         path = generate_replies(
@@ -174,7 +191,9 @@ def _generate(options) -> None:
         print(f"{len(prompts)} replies; wrote {path}")
         return
     images = [(path, open_image(path)) for path in options.image]
-    body = BodyModel.load(options.body) if options.output else None
+    if not options.prompt.strip():
+        raise ValueError("expected a question, got an empty prompt")
+    body = _load_body(options)
     pipe = _load_pipeline(options)
     reply = pipe({"text": options.prompt, "images": [image for _, image in images]}, **generate_kwargs)
     print(_describe(reply))
@@ -184,11 +203,10 @@ def _generate(options) -> None:
 
 def _chat(options) -> None:
     """A conversation. Lines are questions; "/image FILE" shows a picture with the next one, "/new" starts afresh, "/quit" ends."""
-    from .body import BodyModel
     from .export import Turn
     from .image_files import open_image
 
-    body = BodyModel.load(options.body) if options.output else None
+    body = _load_body(options)
     pipe = _load_pipeline(options)
     messages: list[dict] = []
     turns: list[Turn] = []
@@ -240,7 +258,7 @@ def _render(options) -> None:
     body = BodyModel.load(options.body)
     poses, names = load_poses(source, options.frame)
     if options.photo:
-        if output.suffix != ".png" or len(poses) != 1:
+        if output.suffix.lower() != ".png" or len(poses) != 1:
             raise ValueError(f"`--photo` takes one pose and writes a .png, got {len(poses)} poses and {output}")
         write_atomically(output, png_bytes(overlay_picture(open_image(options.photo), poses[0], body, options.box)))
     else:

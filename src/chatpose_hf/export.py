@@ -323,6 +323,7 @@ def save_poses(
     path = Path(path)
     if len(poses) == 0 or limit < 1:
         raise ValueError(f"expected at least one pose to write to {path}, got {len(poses)} and a limit of {limit}")
+    suffix = path.suffix.lower()
     chosen = torch.linspace(0, len(poses) - 1, min(limit, len(poses))).round().long()
     some, some_names = poses[chosen], [names[index] for index in chosen]
     writers = {
@@ -331,11 +332,11 @@ def save_poses(
         ".json": lambda: (_json_bytes({"poses": [{"theta": pose.flatten().tolist()} for pose in poses]}), len(poses)),
         ".png": lambda: (png_bytes(_make_sheet(some, some_names, body, view)), len(some)),
         ".html": lambda: (make_page([_as_turn(some, some_names)], body).encode(), len(some)),
-        **dict.fromkeys((".glb", ".obj", ".ply"), lambda: (mesh_bytes(some, body, path.suffix), len(some))),
+        **dict.fromkeys((".glb", ".obj", ".ply"), lambda: (mesh_bytes(some, body, suffix), len(some))),
     }
-    if path.suffix not in writers:
+    if suffix not in writers:
         raise ValueError(f"expected a file that ends in {', '.join(writers)}, got {path}")
-    content, count = writers[path.suffix]()
+    content, count = writers[suffix]()
     write_atomically(path, content)
     return count
 

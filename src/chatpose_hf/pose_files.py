@@ -78,10 +78,11 @@ def load_poses(path: str | Path, frame: str | None = None) -> tuple[Tensor, list
         prompt or its number.
     """
     path = Path(path)
-    if path.suffix == ".npz":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
         poses = _load_npz(path, frame)
         names = [str(index) for index in range(len(poses))]
-    elif path.suffix in (".json", ".jsonl"):
+    elif suffix in (".json", ".jsonl"):
         poses, names = _load_json(path, frame)
     else:
         raise ValueError(f"expected a file of poses (.npz, .json, .jsonl), got {path}")
@@ -125,10 +126,10 @@ def _load_npz(path: Path, frame: str | None) -> Tensor:
 
 
 def _load_json(path: Path, frame: str | None) -> tuple[Tensor, list[str]]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         # Lines end at \n alone: `splitlines` would cut at characters that JSON has inside strings.
-        lines = text.strip().split("\n") if path.suffix == ".jsonl" else [text]
+        lines = text.strip().split("\n") if path.suffix.lower() == ".jsonl" else [text]
         records = [json.loads(line) for line in lines]
         thetas = [
             (theta["theta"], str(record.get("id", record.get("prompt", ""))))

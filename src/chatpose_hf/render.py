@@ -63,7 +63,7 @@ def render_bodies(
     vertices, faces = _check_mesh(vertices, faces)
     width, height = (size, size) if isinstance(size, int) else size
     _check_size(width, height)
-    if isinstance(view, str) and view not in VIEWS:
+    if view not in VIEWS and (isinstance(view, str) or not np.isfinite(view)):
         raise ValueError(f"expected a view of {', '.join(VIEWS)}, or degrees, got {view!r}")
     yaw = np.radians(VIEWS[view] if isinstance(view, str) else view)
 

@@ -51,11 +51,12 @@ def load_smpl_file(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     readers = {".pkl": PickleFields, ".npz": NpzFields}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise ValueError(f"expected a body model file that ends in `.pkl` or `.npz`, got `{path}`")
     content = read_limited(path)
     with value_errors_only(f"`{path}`"):
-        file = readers[path.suffix](content)
+        file = readers[suffix](content)
         if missing := [name for name in _BODY if name not in file.names]:
             held = ", ".join(f"`{name}`" for name in sorted(map(str, file.names))[:20]) or "nothing"
             raise ValueError(
@@ -83,7 +84,7 @@ def convert_smpl_file(source: str | Path, target: str | Path) -> dict[str, tuple
         `dict[str, tuple]`: each field's shape.
     """
     source, target = Path(source), Path(target)
-    if target.suffix != ".npz":
+    if target.suffix.lower() != ".npz":
         raise ValueError(f"expected a target that ends in `.npz`, got `{target}`")
     if target.exists() and target.samefile(source):
         raise ValueError(f"the target `{target}` is the source itself; name another file")
