@@ -151,6 +151,8 @@ def test_what_cannot_be_read_says_why(poses, tmp_path):
     refused("j.json", b"[1]", "expected replies")
     refused("k.json", b'{"poses": [{"theta": [1, 2]}]}', r"expected poses of shape .*got \(1, 2\)")
     refused("l.json", b'{"poses": [{"theta": [1, 2]}, {"theta": [1]}]}', "expected replies")
+    refused("none.jsonl", b'{"poses": []}\n{"poses": []}\n', "holds no pose, only words")
+    refused("latin.json", b'{"prompt": "\xe9", "poses": []}', "expected replies")
     refused("m.txt", b"", r"expected a file of poses \(\.npz, \.json, \.jsonl\)")
     assert not (tmp_path / "marker").exists()
     with pytest.raises(ValueError, match=r"got \(4, 66\)"):

@@ -136,11 +136,13 @@ def _load_json(path: Path, frame: str | None) -> tuple[Tensor, list[str]]:
             for record in records
             for theta in record["poses"]
         ]
-        poses = torch.tensor([theta for theta, _ in thetas], dtype=torch.float64).reshape(len(thetas), -1)
+        poses = torch.tensor([theta for theta, _ in thetas], dtype=torch.float64)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f'expected replies, {{"prompt": ..., "poses": [{{"theta": [72 numbers]}}]}}, in {path}: {error!r}'
         ) from error
+    if not thetas:
+        raise ValueError(f"{path} holds no pose, only words")
     return turn_frame(_as_poses(poses, path), frame or "camera").float(), [name for _, name in thetas]
 
 
