@@ -107,6 +107,10 @@ def test_another_folder_is_asked_for(pipe, prompts_file, tmp_path):
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another run is writing"):
         run(pipe, prompts_file, tmp_path / "out")
     assert path.read_bytes() == before
+    (tmp_path / "out" / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"settings\.json, which says how they were made, cannot be read"):
+        run(pipe, prompts_file, tmp_path / "out")
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(SETTINGS))
     path.write_bytes(b"hello\n")
     with pytest.raises(ValueError, match="is no reply of ours"):
         run(pipe, prompts_file, tmp_path / "out")
@@ -124,6 +128,7 @@ def test_another_folder_is_asked_for(pipe, prompts_file, tmp_path):
         ('{"prompt": "a", "image": 3}', "expected a file name"),
         ('{"prompt": "a", "image": "nowhere.png"}', r"no file `nowhere\.png` \(`image` in line 2"),
         ('{"prompt": "a", "image": "prompts.jsonl"}', "cannot identify image file"),
+        (r'{"prompt": "\ud800 half"}', "expected text that UTF-8 can write"),
         ('{"prompt": "a", "id": [1]}', "expected a text or a number as `id`"),
         ('{"prompt": "a", "id": 1}', "ids that differ, got 1 in lines 1 and 2"),
     ],

@@ -115,6 +115,8 @@ def test_render(tmp_path, capsys, monkeypatch, picture):
     assert main(["render", "walk.npz", *photo]) == 1
     assert "`--photo` takes one pose" in capsys.readouterr().err
     assert main(["render", "walk.npz", "--output", "nowhere/a.png"]) == 1
+    assert main(["render", "walk.npz", "--output", "walk.npz"]) == 1
+    assert "got the input itself" in capsys.readouterr().err
     assert main(["render", "walk.npz", "--view", "nan"]) == 1
     assert main(["render", "walk.npz", "--output", "WALK.PLY"]) == 0
     assert (tmp_path / "WALK.PLY").read_bytes().startswith(b"ply")
@@ -136,12 +138,23 @@ def test_convert_smpl(tmp_path, capsys):
 
 
 def test_chat_keeps_the_conversation(folder, picture, tmp_path, capsys, monkeypatch):
-    lines = [f"/image {picture}", "first", "/image nowhere.png", "second", "/new", "third", "/quit", "never"]
+    lines = [
+        f"/image {picture}",
+        "first",
+        "what is <image>?",
+        "/image nowhere.png",
+        "second",
+        "/new",
+        "third",
+        "/quit",
+        "never",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", "--model", str(folder), "--output", str(tmp_path / "out"), *SHORT]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("chatpose: ") == 3
     assert "nowhere.png" in captured.err
+    assert "expected one picture for each `<image>`" in captured.err
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*/reply.json"))]
     assert [record["prompt"] for record in records] == ["first", "second", "third"]
     assert [len(record["images"]) for record in records] == [1, 0, 0]
@@ -190,6 +203,7 @@ def test_errors_are_explained(folder, picture, tmp_path, capsys):
         "generate", "a", "--model", str(tmp_path / "llama")
     )
     assert "expected either a prompt or `--prompts FILE`" in failure("generate", "--model", str(folder))
+    assert "no device 'nope' here" in failure("generate", "a", "--model", str(folder), "--device", "nope")
     assert "got an empty prompt" in failure("generate", " ", "--model", str(folder))
     for output in (tmp_path / "text.png", tmp_path / "text.png" / "below"):
         for question in (["a"], ["--prompts", "a.jsonl"]):

@@ -151,6 +151,11 @@ def test_what_cannot_be_read_says_why(poses, tmp_path):
     refused("j.json", b"[1]", "expected replies")
     refused("k.json", b'{"poses": [{"theta": [1, 2]}]}', r"expected poses of shape .*got \(1, 2\)")
     refused("l.json", b'{"poses": [{"theta": [1, 2]}, {"theta": [1]}]}', "expected replies")
+    refused("deep.json", b"[" * 100_000, "expected replies")
+    refused("empty.jsonl", b"\n", "holds no pose")
+    (tmp_path / "ours.npz").write_bytes(npz_bytes(poses_to_amass(poses)))
+    with pytest.raises(ValueError, match=r"expected no frame for .*ours\.npz"):
+        load_poses(tmp_path / "ours.npz", "camera")
     refused("none.jsonl", b'{"poses": []}\n{"poses": []}\n', "holds no pose, only words")
     refused("latin.json", b'{"prompt": "\xe9", "poses": []}', "expected replies")
     refused("m.txt", b"", r"expected a file of poses \(\.npz, \.json, \.jsonl\)")

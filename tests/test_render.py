@@ -173,8 +173,8 @@ def test_overlay_fills_the_box_and_keeps_the_rest(body):
     half = np.asarray(overlay_bodies(photo, vertices, body.faces, box=(100, 50, 250, 150), alpha=0.5)).astype(int)
     full = np.asarray(drawn).astype(int)
     np.testing.assert_allclose(half, (full + np.asarray(photo)) / 2, atol=2)
-    # partly or wholly outside is no error
-    overlay_bodies(photo, vertices, body.faces, box=(-500, -500, -100, -100))
+    # partly outside is no error
+    overlay_bodies(photo, vertices, body.faces, box=(-500, -500, 100, 100))
 
 
 def test_contact_sheet_has_a_tile_and_a_caption_for_each():
@@ -212,6 +212,9 @@ def test_errors(body):
             render_bodies(vertices, body.faces, size=size)
     with pytest.raises(ValueError, match="with an inside"):
         overlay_bodies(Image.new("RGB", (9, 9)), vertices, body.faces, box=(5, 5, 5, 9))
+    for box in ((-500, -500, -100, -100), (0, 0, float("inf"), 9)):
+        with pytest.raises(ValueError, match="expected a box"):
+            overlay_bodies(Image.new("RGB", (9, 9)), vertices, body.faces, box=box)
     with pytest.raises(ValueError, match="alpha from 0 to 1"):
         overlay_bodies(Image.new("RGB", (9, 9)), vertices, body.faces, alpha=2)
 

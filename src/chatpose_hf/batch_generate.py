@@ -32,7 +32,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
     Raises:
         ValueError: for a line that is something else, an id that comes twice, an image that is absent or none. All
-            lines are checked before the first is answered.
+            lines and the pictures' headers are checked before the first is answered.
     """
     path = Path(path)
     try:
@@ -48,12 +48,16 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         place = f"line {number} of {path}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"expected a JSON object in {place}: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
             raise ValueError(
                 f'expected {{"prompt": "...", "image": optional, "id": optional}} in {place}, got {line[:200]}'
             )
+        try:
+            record["prompt"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"expected text that UTF-8 can write as `prompt` in {place}: {error}") from error
         if unknown := sorted(set(record) - {"prompt", "image", "id"}):
             raise ValueError(f"expected `prompt`, `image` and `id` in {place}, got also {', '.join(unknown)}")
         prompt_id = record.get("id", number)
@@ -159,12 +163,22 @@ class _Questions(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         prompt = self.prompts[index]
-        return {"text": prompt.prompt, "images": [open_image(path) for path in prompt.image_paths]}
+        try:
+            images = [open_image(path) for path in prompt.image_paths]
+        except ValueError as error:
+            raise ValueError(f"{error} (the prompt with id {prompt.id!r})") from error
+        return {"text": prompt.prompt, "images": images}
 
 
 def _check_settings(path: Path, settings: dict, has_replies: bool) -> None:
-    if path.exists() and has_replies:
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if has_replies:
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path.parent} holds replies, but its {path.name}, which says how they were made, cannot be read "
+                f"({error}); name another folder"
+            ) from error
         different = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if different:
             changes = ", ".join(f"{name} {before.get(name)!r} and now {settings.get(name)!r}" for name in different)

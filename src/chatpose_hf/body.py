@@ -213,9 +213,12 @@ class BodyModel(nn.Module):
         # SMPLLayer reads what the three kinds share. SMPLXLayer (0.1.28) would ignore `data_struct` and unpickle the path.
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a warning for every model of 10 shape numbers
             layer = SMPLLayer("", data_struct=Struct(**arrays), num_betas=len(betas))
-        if len(betas) > layer.num_betas:
-            raise ValueError(f"expected at most {layer.num_betas} `betas` for {path}, got {len(betas)}")
-        rest_vertices = layer.v_template + blend_shapes(betas[None], layer.shapedirs[..., : len(betas)])[0]
+        # smplx knows which of SMPL-X's directions are expressions; of other files with under 300 it would use 10 only.
+        most = layer.num_betas if num_joints == 55 else arrays["shapedirs"].shape[-1]
+        if len(betas) > most or not torch.isfinite(betas).all():
+            raise ValueError(f"expected at most {most} finite `betas` for {path}, got {len(betas)}: {betas.tolist()}")
+        shapedirs = torch.from_numpy(arrays["shapedirs"][..., : len(betas)])
+        rest_vertices = layer.v_template + blend_shapes(betas[None], shapedirs)[0]
         return cls(
             name=f"{kind} ({path.name})",
             rest_vertices=rest_vertices,

@@ -1,6 +1,7 @@
 """The command `chatpose`: reads arguments, calls the library, prints."""
 
 import argparse
+import os
 import platform
 import re
 import sys
@@ -120,6 +121,10 @@ def _load_pipeline(options):
     if options.model is None:
         raise ValueError(NO_MODEL)
     try:
+        torch.empty(0, device=options.device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {options.device!r} here: {str(error).splitlines()[0]}") from error
+    try:
         config = AutoConfig.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a ChatPose checkpoint from {options.model!r}: {error}") from error
@@ -148,6 +153,8 @@ def _check_output(folder: str) -> None:
     existing = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"expected a folder as `--output`, got the file {existing}")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {existing}; name another folder as `--output`")
 
 
 def _load_body(options):
@@ -230,12 +237,17 @@ def _chat(options) -> None:
             except (ValueError, OSError) as error:
                 print(f"chatpose: {error}", file=sys.stderr)
         elif line:
-            count += 1
             images = [{"type": "image", "image": image} for _, image in pending]
             messages.append({"role": "user", "content": [*images, {"type": "text", "text": line}]})
-            reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
+            try:
+                reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
+            except ValueError as error:  # such as a literal `<image>`: the conversation goes on without the question
+                messages.pop()
+                print(f"chatpose: {error}", file=sys.stderr)
+                continue
             messages.append({"role": "assistant", "content": [{"type": "text", "text": reply["text"]}]})
             turns.append(Turn(line, pending, reply))
+            count += 1
             print(f"chatpose: {_describe(reply)}")
             if options.output:
                 _save(Path(options.output) / f"turn_{count:03d}", turns, body)
@@ -255,6 +267,10 @@ def _render(options) -> None:
 
     source = Path(options.file)
     output = Path(options.output) if options.output else Path(f"{source.stem}.png")
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"expected another file as `--output`, got the input itself, {output}")
+    if options.box and not options.photo:
+        raise ValueError("`--box` needs `--photo`")
     body = BodyModel.load(options.body)
     poses, names = load_poses(source, options.frame)
     if options.photo:

@@ -25,6 +25,7 @@ from .rotations import rotvec_to_rotmat
 
 PAGE_TEMPLATE = Path(__file__).parent / "assets" / "page.html"
 POSE_TOKEN = "<POSE>"
+_MAX_TILES = 200  # of one sheet: what one can look at, and under the renderer's limit of pixels
 
 
 class Turn(NamedTuple):
@@ -285,7 +286,7 @@ def save_reply(folder: str | Path, turns: Sequence[Turn], body: BodyModel) -> li
         contents["pose.npz"] = npz_bytes(poses_to_amass(poses))
         contents["body.glb"] = mesh_bytes(poses, body, ".glb")
         contents["picture.png"] = png_bytes(make_picture(poses, body, [image for _, image in turn.images]))
-    contents["page.html"] = make_page(turns, body).encode()
+    contents["page.html"] = make_page(turns, body).encode(errors="backslashreplace")
     record = reply_record(turn.prompt, [name for name, _ in turn.images], turn.reply)
     contents["reply.json"] = _json_bytes({**record, "body": body.name})
     for name in ("pose.npz", "body.glb", "picture.png"):
@@ -324,6 +325,10 @@ def save_poses(
     if len(poses) == 0 or limit < 1:
         raise ValueError(f"expected at least one pose to write to {path}, got {len(poses)} and a limit of {limit}")
     suffix = path.suffix.lower()
+    if suffix == ".png" and min(limit, len(poses)) > _MAX_TILES:
+        raise ValueError(
+            f"expected at most {_MAX_TILES} poses in one picture, got {min(limit, len(poses))}; lower the limit"
+        )
     chosen = torch.linspace(0, len(poses) - 1, min(limit, len(poses))).round().long()
     some, some_names = poses[chosen], [names[index] for index in chosen]
     writers = {
@@ -357,7 +362,8 @@ def _as_turn(poses: Tensor, names: Sequence[str]) -> Turn:
 
 
 def _json_bytes(value: dict) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode()
+    # File names may hold bytes that are no text.
+    return json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def reply_record(prompt: str, images: Sequence[str], reply: dict) -> dict:

@@ -24,11 +24,15 @@ def open_image(path: str | Path, name: str | None = None, formats: Sequence[str]
         formats (`Sequence[str]`, *optional*): Pillow's names of the formats tried; all by default.
 
     Raises:
-        ValueError: for what is no picture, is cut off, or has more pixels than Pillow reads for safety.
+        ValueError: for what is no picture, is cut off, is narrower than `MAX_ASPECT`, or has more pixels than Pillow
+            reads for safety.
     """
     name = name or str(path)
     try:
         with Image.open(path, formats=formats) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                width, height = image.size
+                raise ValueError(f"{name} is too narrow, {width} x {height} pixels; at most {MAX_ASPECT} to 1, please")
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -61,8 +65,6 @@ def open_upload(path: str | Path) -> Image.Image:
                 f"{name} is too large, {width} x {height} pixels; at most {MAX_SIDE} a side and "
                 f"{MAX_PIXELS // 10**6} million together, please"
             )
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{name} is too narrow, {width} x {height} pixels; at most {MAX_ASPECT} to 1, please")
     picture = open_image(path, name, UPLOAD_FORMATS)
     picture.thumbnail((KEPT_SIDE, KEPT_SIDE))
     return picture

@@ -108,6 +108,7 @@ def _load_npz(path: Path, frame: str | None) -> Tensor:
         hands = torch.zeros(len(poses), 2, 3, dtype=poses.dtype)
         poses = turn_frame(torch.cat([poses[:, :22], hands], dim=1), frame or "z-up")
         if "theta" in arrays:
+            _refuse_frame(frame, path)
             theta = _as_poses(arrays["theta"], path)
             # An edited file: taking either would throw away the other.
             if len(theta) != len(poses) or _largest_angle(theta[:, :22], poses[:, :22]) > 1e-3:
@@ -129,21 +130,27 @@ def _load_json(path: Path, frame: str | None) -> tuple[Tensor, list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         # Lines end at \n alone: `splitlines` would cut at characters that JSON has inside strings.
-        lines = text.strip().split("\n") if path.suffix.lower() == ".jsonl" else [text]
-        records = [json.loads(line) for line in lines]
+        lines = text.split("\n") if path.suffix.lower() == ".jsonl" else [text]
+        records = [json.loads(line) for line in lines if line.strip()]
         thetas = [
             (theta["theta"], str(record.get("id", record.get("prompt", ""))))
             for record in records
             for theta in record["poses"]
         ]
         poses = torch.tensor([theta for theta, _ in thetas], dtype=torch.float64)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f'expected replies, {{"prompt": ..., "poses": [{{"theta": [72 numbers]}}]}}, in {path}: {error!r}'
         ) from error
     if not thetas:
         raise ValueError(f"{path} holds no pose, only words")
-    return turn_frame(_as_poses(poses, path), frame or "camera").float(), [name for _, name in thetas]
+    _refuse_frame(frame, path)
+    return _as_poses(poses, path).float(), [name for _, name in thetas]
+
+
+def _refuse_frame(frame: str | None, path: Path) -> None:
+    if frame is not None:
+        raise ValueError(f"expected no frame for {path}, whose layout tells it, got {frame!r}")
 
 
 def _as_poses(array: Tensor, path: Path) -> Tensor:

@@ -108,8 +108,10 @@ def overlay_bodies(
     width, height = photo.size
     _check_size(width, height)
     left, top, right, bottom = box or (0, 0, width, height)
-    if not (right > left and bottom > top):
+    if not (right > left and bottom > top and np.isfinite([left, top, right, bottom]).all()):
         raise ValueError(f"expected a box (left, top, right, bottom) with an inside, got {box}")
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
+        raise ValueError(f"expected a box that meets the photo of {width} x {height} pixels, got {box}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha from 0 to 1, got {alpha}")
     low, high = vertices.reshape(-1, 3).min(0), vertices.reshape(-1, 3).max(0)
