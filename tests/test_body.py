@@ -1,22 +1,17 @@
 """The default body and SMPL-family bodies against naive references, smplx itself, and what words say of poses."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import smplx
 import torch
-from conftest import ROOT
 from make_smpl_files import dump_model, make_model
+from named_poses import POSES, make_pose
 from smplx.utils import Struct
 
 from chatpose_hf.body import JOINT_NAMES, PARENTS, BodyModel
 from chatpose_hf.rotations import rotvec_to_rotmat
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-from named_poses import POSES, make_pose
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,10 @@ def test_render(tmp_path, capsys, monkeypatch, picture):
     assert "Frames: 20" in (tmp_path / "walk.bvh").read_text()
     assert main(["render", "walk.npz", "--limit", "1", "--view", "-30", "--output", "one.png"]) == 0
     assert Image.open("one.png").size == (512, 512)
+    # 0 degrees is the front, not "no view named"
+    for view in ("0", "front"):
+        assert main(["render", "walk.npz", "--limit", "1", "--view", view, "--output", f"{view}.png"]) == 0
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "front.png").read_bytes()
     np.savez("bare.npz", poses=np.zeros((1, 72), dtype=np.float32))
     assert main(["render", "bare.npz"]) == 1
     assert "does not say which frame" in capsys.readouterr().err

@@ -5,23 +5,18 @@ import io
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 import trimesh
-from conftest import ROOT
+from named_poses import POSES, make_pose
 from PIL import Image
 
 from chatpose_hf import atomic_write
 from chatpose_hf.body import JOINT_NAMES, BodyModel
 from chatpose_hf.export import Turn, bvh_bytes, make_page, mesh_bytes, save_poses, save_reply, stand_side_by_side
 from chatpose_hf.pose_files import load_poses
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-from named_poses import POSES, make_pose
 
 
 FILES = ["pose.npz", "body.glb", "picture.png", "page.html", "reply.json"]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from named_poses import POSES, make_pose
 from PIL import Image
 
 from chatpose_hf.body import BodyModel
@@ -18,10 +18,6 @@ from chatpose_hf.render import (
     render_bodies,
     vertex_normals,
 )
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-from named_poses import POSES, make_pose
 
 
 # A tetrahedron, counter-clockwise seen from outside

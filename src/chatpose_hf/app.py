@@ -13,7 +13,7 @@ import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from .body import BodyModel
-from .export import POSE_TOKEN, Turn, save_reply, stand_side_by_side
+from .export import POSE_TOKEN, Turn, make_messages, save_reply, stand_side_by_side
 from .image_files import open_upload
 from .pipeline_chatpose import ChatPosePipeline
 
@@ -250,7 +250,8 @@ def stream_reply(
     Raises:
         ValueError: for a chat that cannot be answered; whatever else the model raises.
     """
-    messages = _make_messages(turns, pipe.processor.image_token)
+    _check_question(turns[-1], pipe.processor.image_token)
+    messages = make_messages(turns, pipe.processor.image_token)
     max_new_tokens = min(max_new_tokens, _count_free_tokens(pipe, messages))
     streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     is_stopped = StoppingCriteriaList([lambda ids, *_, **__: torch.full(ids.shape[:1], stop.is_set()).to(ids.device)])
@@ -284,21 +285,13 @@ def stream_reply(
         stop.set()
 
 
-def _make_messages(turns: Sequence[Turn], image_token: str) -> list[dict]:
-    if not turns[-1].prompt:
+def _check_question(turn: Turn, image_token: str) -> None:
+    if not turn.prompt:
         raise ValueError("Please write a question, about a picture too.")
-    if image_token in turns[-1].prompt:
+    if image_token in turn.prompt:
         raise ValueError(
             f"Please leave out {image_token}, the model's own sign for a picture, and upload the picture."
         )
-    messages = []
-    for turn in turns:
-        images = [{"type": "image", "image": image} for _, image in turn.images]
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.prompt}]})
-        # An answer that happens to spell the sign would spoil every later question.
-        text = turn.reply["text"].replace(image_token, "")
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
-    return messages[:-1]
 
 
 def _count_free_tokens(pipe: ChatPosePipeline, messages: list[dict]) -> int:

@@ -210,12 +210,11 @@ def _generate(options) -> None:
 
 def _chat(options) -> None:
     """A conversation. Lines are questions; "/image FILE" shows a picture with the next one, "/new" starts afresh, "/quit" ends."""
-    from .export import Turn
+    from .export import Turn, make_messages
     from .image_files import open_image
 
     body = _load_body(options)
     pipe = _load_pipeline(options)
-    messages: list[dict] = []
     turns: list[Turn] = []
     pending: list[tuple] = []  # file name and picture
     count = 0
@@ -229,7 +228,7 @@ def _chat(options) -> None:
         if line == "/quit":
             return
         if line == "/new":
-            messages, turns, pending = [], [], []
+            turns, pending = [], []
         elif line.startswith("/image"):
             path = line.removeprefix("/image").strip()
             try:
@@ -237,16 +236,14 @@ def _chat(options) -> None:
             except (ValueError, OSError) as error:
                 print(f"chatpose: {error}", file=sys.stderr)
         elif line:
-            images = [{"type": "image", "image": image} for _, image in pending]
-            messages.append({"role": "user", "content": [*images, {"type": "text", "text": line}]})
+            turn = Turn(line, pending, {"text": "", "poses": []})
+            messages = make_messages([*turns, turn], pipe.processor.image_token)
             try:
                 reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
             except ValueError as error:  # such as a literal `<image>`: the conversation goes on without the question
-                messages.pop()
                 print(f"chatpose: {error}", file=sys.stderr)
                 continue
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply["text"]}]})
-            turns.append(Turn(line, pending, reply))
+            turns.append(turn._replace(reply=reply))
             count += 1
             print(f"chatpose: {_describe(reply)}")
             if options.output:

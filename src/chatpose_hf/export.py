@@ -25,6 +25,7 @@ from .rotations import rotvec_to_rotmat
 
 PAGE_TEMPLATE = Path(__file__).parent / "assets" / "page.html"
 POSE_TOKEN = "<POSE>"
+_BACKGROUND = "#f4f6fa"
 _MAX_TILES = 200  # of one sheet: what one can look at, and under the renderer's limit of pixels
 
 
@@ -46,6 +47,23 @@ class Turn(NamedTuple):
     def thetas(self) -> list[Tensor]:
         """The reply's poses, `(72,)` each."""
         return [pose["theta"] for pose in self.reply["poses"]]
+
+
+def make_messages(turns: Sequence[Turn], image_token: str) -> list[dict]:
+    """
+    A conversation as transformers' chats, up to the last turn's question; that turn's own reply is not read.
+
+    Args:
+        turns (`Sequence[Turn]`): the conversation.
+        image_token (`str`): the processor's; an answer that happens to spell it would spoil every later question.
+    """
+    messages = []
+    for turn in turns:
+        images = [{"type": "image", "image": image} for _, image in turn.images]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.prompt}]})
+        text = turn.reply["text"].replace(image_token, "")
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+    return messages[:-1]
 
 
 def stand_side_by_side(vertices: Tensor, gap: float = 0.2) -> Tensor:
@@ -172,7 +190,7 @@ def make_picture(poses: Tensor, body: BodyModel, photos: Iterable[Image.Image] =
     """
     vertices = stand_side_by_side(_vertices(poses, body))
     views = [
-        render_bodies(vertices, body.faces.cpu(), size=size, view=view, background="#f4f6fa")
+        render_bodies(vertices, body.faces.cpu(), size=size, view=view, background=_BACKGROUND)
         for view in ("front", "three_quarter")
     ]
     parts = [*photos, *views]
@@ -349,8 +367,9 @@ def save_poses(
 def _make_sheet(poses: Tensor, names: Sequence[str], body: BodyModel, view: str | float | None) -> Image.Image:
     if len(poses) == 1 and view is None:
         return make_picture(poses, body)
+    view = "three_quarter" if view is None else view  # 0 degrees is a view
     pictures = [
-        render_bodies(_vertices(pose, body), body.faces.cpu(), view=view or "three_quarter", background="#f4f6fa")
+        render_bodies(_vertices(pose, body), body.faces.cpu(), view=view, background=_BACKGROUND)
         for pose in tqdm(poses, unit="pose", disable=len(poses) == 1)
     ]
     return pictures[0] if len(poses) == 1 else contact_sheet(pictures, names)

@@ -6,11 +6,11 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+MAX_ASPECT = 20  # a line of 10,000 x 1, its short side brought to the model's hundreds of pixels, fills gigabytes
 # What strangers may send: what photos come in and browsers show; each further decoder is one more that they can feed.
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_SIDE = 10_000
 MAX_PIXELS = 40_000_000
-MAX_ASPECT = 20  # a line of 10,000 x 1, its short side brought to the model's hundreds of pixels, fills gigabytes
 KEPT_SIDE = 2048  # 12 MB a picture for as long as its chat lives; models look at a few hundred pixels
 
 
