@@ -1,9 +1,12 @@
 """Shared fixtures: tiny random models made offline, and the original's fixture where this checkout has it."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once instead of hanging
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name  # data sets that tests load stay out of the user's cache
 
 import shutil
 from pathlib import Path

@@ -62,6 +62,25 @@ def test_generate_prints_and_writes(folder, picture, tmp_path, capsys):
     assert record["body"] == "default"
 
 
+def test_generate_about_the_person_in_a_box_then_sees_the_crop(folder, picture, tmp_path, capsys):
+    """The same answer as to a picture that is the crop already, and another than to the whole."""
+    processor = make_processor()
+    with Image.open(picture) as photo:
+        processor.crop_person(photo, (4, 2, 20, 30)).save(tmp_path / "crop.png")
+    poses = []
+    for arguments in (
+        ["--image", str(picture), "--box", "4", "2", "20", "30"],
+        ["--image", str(tmp_path / "crop.png")],
+        ["--image", str(picture)],
+    ):
+        output = tmp_path / str(len(poses))
+        main(["generate", "What is the pose?", *arguments, "--model", str(folder), "--output", str(output), *SHORT])
+        poses.append(json.loads((output / "reply.json").read_text(encoding="utf-8"))["poses"])
+    assert poses[0] == poses[1] != poses[2]
+    assert main(["generate", "What is the pose?", "--box", "4", "2", "20", "30", "--model", str(folder)]) == 1
+    assert "expected one `--image` for `--box`, got 0" in capsys.readouterr().err
+
+
 def test_generate_uses_the_smpl_file_that_is_there(folder, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "SMPL_NEUTRAL.pkl").write_bytes(dump_model(make_model_file("smpl")))

@@ -113,6 +113,7 @@ print(json.dumps([len(reply["poses"]), len(pipe("a", max_new_tokens=6, force_pos
         "configuration_chatpose.py",
         "modeling_chatpose.py",
         "processing_chatpose.py",
+        "person_crop.py",
         "pipeline_chatpose.py",
     }
 
@@ -172,5 +173,6 @@ def test_push_to_hub_sends_the_code_files(monkeypatch):
         "configuration_chatpose.py",
         "modeling_chatpose.py",
         "processing_chatpose.py",
+        "person_crop.py",
         "pipeline_chatpose.py",
     }

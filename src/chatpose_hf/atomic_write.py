@@ -3,23 +3,35 @@
 import io
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replaces the file, or leaves it as it was, whatever interrupts."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """
+    The name of a temporary file beside `path`, which it replaces when the block ends; if it does not end well, `path`
+    stays as it was.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Replaces the file, or leaves it as it was, whatever interrupts."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:

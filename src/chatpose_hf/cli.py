@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .data import SOURCES
+
 
 NO_MODEL = (
     "no model named: this version ships no checkpoint of its own. Pass `--model`, a folder or Hub id of a ChatPose "
@@ -23,6 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="answer prompts", description=_generate.__doc__)
     generate.add_argument("prompt", nargs="?", help="the question")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    generate.add_argument(
+        "--box",
+        type=float,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="pixels of the picture around the person asked about (default: all of it)",
+    )
     generate.add_argument("--prompts", metavar="FILE", help='many questions: {"prompt", "image", "id"} on each line')
     generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --prompts (default: 8)")
     generate.add_argument("--output", metavar="DIR", help="folder for the files (default: print only)")
@@ -61,6 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     _add_model_arguments(app)
     _add_body_argument(app)
     app.set_defaults(run=_app)
+
+    data = commands.add_parser("data", help="data sets to rows", description=_data.__doc__)
+    data.add_argument("source", choices=SOURCES, metavar="SOURCE", help=f"what it is: {', '.join(SOURCES)}")
+    data.add_argument("--input", required=True, metavar="DIR", help="as downloaded (docs/data.md)")
+    data.add_argument("--output", required=True, metavar="DIR", help="folder for the rows")
+    data.add_argument("--limit", type=int, metavar="N", help="stop after N rows")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default: 0)")
+    data.set_defaults(run=_data)
 
     convert_smpl = commands.add_parser(
         "convert-smpl", help="SMPL .pkl to clean .npz", description=_convert_smpl.__doc__
@@ -187,7 +205,7 @@ def _generate(options) -> None:
         raise ValueError("expected either a prompt or `--prompts FILE`")
     generate_kwargs = {"max_new_tokens": options.max_new_tokens, "force_pose": options.force_pose}
     if options.prompts is not None:
-        if options.image or not options.output:
+        if options.image or options.box or not options.output:
             raise ValueError("`--prompts` needs `--output DIR`, and names pictures in its lines, not by `--image`")
         _check_output(options.output)
         prompts = load_prompts(options.prompts)
@@ -200,8 +218,12 @@ def _generate(options) -> None:
     images = [(path, open_image(path)) for path in options.image]
     if not options.prompt.strip():
         raise ValueError("expected a question, got an empty prompt")
+    if options.box and len(images) != 1:
+        raise ValueError(f"expected one `--image` for `--box`, got {len(images)}")
     body = _load_body(options)
     pipe = _load_pipeline(options)
+    if options.box:
+        images = [(path, pipe.processor.crop_person(image, options.box)) for path, image in images]
     reply = pipe({"text": options.prompt, "images": [image for _, image in images]}, **generate_kwargs)
     print(_describe(reply))
     if options.output:
@@ -290,6 +312,36 @@ def _app(options) -> None:
     launch_app(
         _load_pipeline(options), body, host=options.host, port=options.port, max_new_tokens=options.max_new_tokens
     )
+
+
+def _data(options) -> int:
+    """
+    Reads a data set as downloaded and writes it as rows: Parquet files, a card, counts, a sheet of 16 of them. Goes on
+    where a former run stopped.
+    """
+    from .data import find_source
+    from .data.prepare import merge_counts, prepare_rows
+
+    _check_output(options.output)
+    source = find_source(options.source)(options.input, seed=options.seed)
+    records = prepare_rows(source, options.output, options.limit, options.workers)
+    errors = [record for record in records if record.error]
+    print(f"{'split':<12}{'rows':>10}{'poses':>10}  tasks")
+    for split in dict.fromkeys(record.part.split("/")[0] for record in records):
+        of_split = [record for record in records if record.part.split("/")[0] == split]
+        tasks = ", ".join(f"{task} {count}" for task, count in merge_counts([r.tasks for r in of_split]).items())
+        print(f"{split:<12}{sum(r.rows for r in of_split):>10}{sum(r.poses for r in of_split):>10}  {tasks}")
+    for reason, count in merge_counts([record.skipped for record in records]).items():
+        names = next(record.examples[reason] for record in records if reason in record.examples)
+        print(f"{'skipped':<12}{count:>10}            {reason} ({names[0]}{', ...' if count > 1 else ''})")
+    print(f"wrote {options.output}")
+    for record in errors:
+        print(f"chatpose: {record.part} was not read: {record.error}", file=sys.stderr)
+    if errors:
+        print("chatpose: mend the files and run again; the other parts are kept", file=sys.stderr)
+    elif not any(record.rows for record in records):
+        raise ValueError(f"found nothing of {options.source} to make rows of in {options.input}")
+    return 1 if errors else 0
 
 
 def _convert_smpl(options) -> None:

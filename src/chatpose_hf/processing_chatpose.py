@@ -7,6 +7,7 @@ import torch
 from transformers import AddedToken, LlavaProcessor
 from transformers.utils import logging
 
+from .person_crop import crop_person
 from .rotations import rotmat_to_rotvec, rotvec_to_rotmat
 
 
@@ -164,9 +165,13 @@ class ChatPoseProcessor(LlavaProcessor):
         )
 
     @property
+    def _image_size(self) -> dict:
+        return getattr(self.image_processor, "crop_size", None) or self.image_processor.size
+
+    @property
     def num_image_tokens(self) -> int:
         """How many tokens one picture takes."""
-        size = getattr(self.image_processor, "crop_size", None) or self.image_processor.size
+        size = self._image_size
         patches = (size["height"] // self.patch_size) * (size["width"] // self.patch_size)
         return patches + self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
 
@@ -208,6 +213,19 @@ class ChatPoseProcessor(LlavaProcessor):
         if pose_labels is not None:
             batch["pose_labels"] = pose_labels
         return batch
+
+    def crop_person(self, image, box):
+        """
+        The square around one person of a photo, cut as the training photos are, at the vision tower's size.
+
+        Args:
+            image (`PIL.Image.Image`): the photo.
+            box (`(left, top, right, bottom)`): the person's, in pixels of the photo; may reach over its edge.
+
+        Returns:
+            `PIL.Image.Image`: to ask about instead of the photo.
+        """
+        return crop_person(image, box, self._image_size["height"])
 
     def _check_images(self, rows: list[str], images) -> None:
         counts = [row.count(self.image_token) for row in rows]

@@ -131,15 +131,20 @@ def overlay_bodies(
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 4, tile: int = 256
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str] = (),
+    columns: int = 4,
+    tile: int = 256,
+    max_lines: int = 3,
 ) -> Image.Image:
     """
     Puts pictures in rows of tiles, each with its caption under it.
 
     Args:
         pictures (`Sequence[PIL.Image.Image]`): at least one; each is scaled to fit its tile.
-        captions (`Sequence[str]`, *optional*): one for each picture, at most three lines are shown.
+        captions (`Sequence[str]`, *optional*): one for each picture.
         columns (`int`, *optional*, defaults to 4), tile (`int`, *optional*, defaults to 256): tiles in a row, pixels.
+        max_lines (`int`, *optional*, defaults to 3): of a caption that are shown.
 
     Returns:
         `PIL.Image.Image` of mode RGB.
@@ -152,7 +157,7 @@ def contact_sheet(
     rows = -(-len(pictures) // columns)
     font_size = max(tile / 18, 9)
     font = ImageFont.load_default(font_size)
-    lines = [_wrap(caption, font, tile - 12) for caption in captions]
+    lines = [_wrap(caption, font, tile - 12, max_lines) for caption in captions]
     line_height = round(1.3 * font_size)
     band = (max(map(len, lines)) * line_height + 8) if lines else 0
     _check_size(columns * tile, rows * (tile + band))
@@ -170,9 +175,7 @@ def contact_sheet(
     return sheet
 
 
-def _wrap(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, max_lines: int = 3
-) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, max_lines: int) -> list[str]:
     """Lines that fit; a word that does not is broken, and what is left over becomes an ellipsis."""
     lines = [""]
     for word in text.split():

@@ -1,0 +1,78 @@
+"""Poses from CMU's motion capture as this project keeps them: npz and jsonl, with some sentences written by hand."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..array_files import NpzFields, read_limited, value_errors_only
+from ..pose_files import turn_frame
+from .captions import Captioner
+from .source import Source, load_jsonl
+
+
+_SPLITS = {"train": "train", "extra_acrobatics_train": "train", "val": "val"}
+# Neither toes nor hands were captured: the files have zeros there.
+_CAPTURED = [joint not in (10, 11, 22, 23) for joint in range(24)]
+
+
+class CmuPoses(Source):
+    """
+    `NAME.npz` (`poses_yaw0` (N, 24, 3), y up, facing +z), `NAME.jsonl` (a line for each pose) and `captions.jsonl`.
+
+    A row for each pose, to be asked for by what people wrote about it or by its geometry; and one more, of task `"spg"`,
+    for each pose that somebody described by a situation.
+    """
+
+    name = "cmu"
+    licence = (
+        "CMU Graphics Lab Motion Capture Database, free to use. The data used in this project was obtained from "
+        "mocap.cs.cmu.edu. The database was created with funding from NSF EIA-0196217."
+    )
+
+    def parts(self) -> list[str]:
+        parts = [f"{split}/{name}" for name, split in _SPLITS.items() if (self.folder / f"{name}.npz").is_file()]
+        if not parts:
+            wanted = ", ".join(f"{name}.npz" for name in _SPLITS)
+            raise FileNotFoundError(f"expected some of {wanted} in {self.folder}, found none")
+        return parts
+
+    def read_part(self, part: str) -> Iterator[dict]:
+        name = part.split("/")[1]
+        path = self.folder / f"{name}.npz"
+        with value_errors_only(f"`{path}`"):
+            upright = NpzFields(read_limited(path)).read("poses_yaw0")
+        records = load_jsonl(self.folder / f"{name}.jsonl")
+        if upright.shape != (len(records), 24, 3):
+            raise ValueError(
+                f"expected `poses_yaw0` of shape ({len(records)}, 24, 3) in {path}, a pose for each line of {name}.jsonl, "
+                f"got {upright.shape}"
+            )
+        poses = turn_frame(torch.from_numpy(upright.astype(np.float64)), "y-up").float()
+        written = self._written_captions()
+        ids = [str(record.get("id")) for record in records]
+        geometry = Captioner().captions(poses, [f"{self.seed}/{id}" for id in ids])
+        for id, pose, automatic in zip(ids, poses.numpy(), geometry, strict=True):
+            texts = [("geometry", text) for text in automatic]
+            explicit = [("human", text) for kind, text in written.get(id, ()) if kind == "explicit"]
+            implicit = [("implicit", text) for kind, text in written.get(id, ()) if kind == "implicit"]
+            yield self.make_row(id, "text_to_pose", [pose], [*explicit, *texts], pose_mask=_CAPTURED)
+            if implicit:
+                captions = [*implicit, *explicit, *texts]
+                yield self.make_row(f"{id}/spg", "spg", [pose], captions, pose_mask=_CAPTURED)
+
+    def _written_captions(self) -> dict[str, list[tuple[str, str]]]:
+        """Kind and text of what people wrote, by pose."""
+        path = Path(self.folder / "captions.jsonl")
+        if not path.exists():
+            return {}
+        try:
+            return {
+                record["id"]: [(caption["kind"], caption["text"]) for caption in record["captions"]]
+                for record in load_jsonl(path)
+            }
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected `id` and `captions` of `kind` and `text` on each line of {path}: {error!r}"
+            ) from error

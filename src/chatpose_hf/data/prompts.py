@@ -1,0 +1,241 @@
+"""What is asked and answered: the question and answer tables of ChatPose, and how a row's conversation is drawn from them.
+
+The tables of the original are its own words, misspellings included: its released weights were trained on them. `{sent}` is
+a description, as full sentences; `{phrase}` a description without its full stop.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from .rows import POSE_TOKEN
+
+
+# fmt: off
+# TEXT_SHORT_QUESTION_LIST
+TEXT_QUESTIONS = (
+    "I have a word description of a person's pose, can you give the SMPL pose of this person? {sent}",
+    "There is a person: {sent} Please output this person's SMPL pose.",
+    "{sent} Give the SMPL pose.",
+    "What's the SMPL pose of this person? {sent}",
+    "Use SMPL pose to describe this person's behavior. {sent}",
+    "There is a person doing this: {sent} Can you use SMPL pose to describe the pose?",
+    "A person is described as: {sent} Use the SMPL pose to reflect this.",
+    "Human pose is described as words: {sent} The SMPL pose is?",
+    "Human pose can be described as words: {sent} And it can also be described as SMPL pose format, can you output this?",
+)
+# SHORT_QUESTION_LIST
+IMAGE_QUESTIONS = (
+    "Can you predict the SMPL pose of the person in this image?",
+    "There is a person in the middle of the image, please output this person's SMPL pose.",
+    "What is the human pose in this image? Please respond with SMPL pose.",
+    "What is the person doing in this image? Please output SMPL pose.",
+    "There is a person in the middle of the image, use SMPL to describe the pose.",
+)
+# LONG_QUESTION_LIST
+IMAGE_TEXT_QUESTIONS = (
+    "{sent} Please respond with SMPL pose.",
+    "{sent} Please output SMPL pose.",
+)
+# EXPLANATORY_QUESTION_LIST
+EXPLANATION_REQUESTS = (
+    "Please output SMPL pose and explain the pose.",
+    "Please output SMPL pose and explain the reason.",
+    "Please output SMPL pose and give some explanation.",
+)
+# HMR_SHORT_QUESTION_LIST, by what each can be asked about
+MORE_TEXT_QUESTIONS = (
+    "I have a description of a person's pose, can you give the SMPL pose of this person? {sent}",
+    "Give you a word descrption of a human, please output the SMPL pose. {sent}",
+)
+MORE_IMAGE_QUESTIONS = (
+    "Describe what this perosn is doing using SMPL pose.",
+    "What's the SMPL pose of this person?",
+    "Use SMPL pose to describe this person's behavior.",
+)
+# The paper's form of text-to-pose, SPG and RPE
+PHRASE_QUESTION = "{phrase}, can you give the SMPL pose of this person?"
+# ANSWER_LIST
+ANSWERS = (
+    "It is <POSE>.",
+    "Sure, <POSE>.",
+    "Sure, it is <POSE>.",
+    "Sure, the SMPL pose is <POSE>.",
+    "<POSE>.",
+    "The SMPL pose is <POSE>.",
+    "The SMPL pose of the person is <POSE>.",
+    "The SMPL format of this person's pose is <POSE>.",
+)
+# Ours: an explanation after or before the pose; the pose first, in the middle, last.
+EXPLAINED_ANSWERS = (
+    "<POSE> is the SMPL pose. {sent}",
+    "<POSE>. {sent}",
+    "Sure, it is <POSE>. {sent}",
+    "The SMPL pose is <POSE>. {sent}",
+    "{sent} So the SMPL pose is <POSE>.",
+    "{sent} It is <POSE>.",
+)
+# Ours: several people
+GROUP_QUESTIONS = (
+    "Can you give the SMPL poses of {phrases}?",
+    "Please output the SMPL poses of {phrases}.",
+    "What are the SMPL poses of {phrases}?",
+)
+GROUP_ANSWERS = (
+    "Sure, {poses}.",
+    "{Poses}.",
+    "In this image, {poses}.",
+)
+# fmt: on
+# Kinds of captions that say what the body does; a text-to-pose question is drawn from one of these kinds, each as likely:
+# the original's fair coin between what people and what programs wrote.
+DESCRIBING_KINDS = ("human", "automatic", "geometry")
+_QUESTIONS = {  # of each task: the original's, more
+    "text_to_pose": (TEXT_QUESTIONS, (*MORE_TEXT_QUESTIONS, PHRASE_QUESTION)),
+    "pose_estimation": (IMAGE_QUESTIONS, MORE_IMAGE_QUESTIONS),
+    "spg": (TEXT_QUESTIONS, (PHRASE_QUESTION,)),
+    "rpe": (IMAGE_TEXT_QUESTIONS, (PHRASE_QUESTION,)),
+}
+_MORE_SHARE = 0.2  # of the questions that are none of those the original trained on
+_EXPLAINED_SHARE = 0.2  # of the rows that have an explanation to give
+
+
+class _Draw:
+    """Choices that a key decides. Seeding Python's generator would take longer than all that is drawn from it."""
+
+    def __init__(self, key: str):
+        self._left = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass")).digest(), "big")
+
+    def choice(self, options: Sequence):
+        self._left, index = divmod(self._left, len(options))
+        return options[index]
+
+    def random(self) -> float:
+        self._left, number = divmod(self._left, 2**32)
+        return number / 2**32
+
+
+def draw_messages(
+    task: str,
+    captions: Sequence[dict],
+    num_images: int,
+    num_poses: int,
+    *,
+    seed: int,
+    id: str,
+    epoch: int = 0,
+) -> list[dict]:
+    """
+    A conversation about poses, chosen by seed, id and epoch alone: the same on every machine and in every run.
+
+    Args:
+        task (`str`):
+            - `"text_to_pose"`: a caption of a describing kind (`"human"`, `"automatic"`, `"geometry"`) is asked for.
+            - `"pose_estimation"`: the picture is; with several poses, the captions of kind `"phrase"` name the people.
+            - `"spg"`: a caption of kind `"implicit"` is.
+            - `"rpe"`: the picture and a caption of kind `"phrase"` are, one phrase for each pose if there are several.
+
+            In some rows that have a caption of a describing kind, the question wants an explanation, which is that
+            caption.
+        captions (`Sequence[dict]`): `kind` and `text` of each.
+        num_images (`int`), num_poses (`int`): of the row.
+        seed (`int`), id (`str`), epoch (`int`, *optional*, defaults to 0): what the choice depends on.
+
+    Returns:
+        `list[dict]`: messages as in [`rows.validate_row`].
+
+    Raises:
+        ValueError: where the task needs a caption or a picture that is not there.
+    """
+    rng = _Draw(f"{seed}/{id}/{epoch}")
+    by_kind: dict[str, list[str]] = {}
+    for caption in captions:
+        by_kind.setdefault(caption["kind"], []).append(caption["text"])
+    descriptions = [by_kind[kind] for kind in DESCRIBING_KINDS if kind in by_kind]
+
+    def need(texts: list, what: str) -> list:
+        if not texts:
+            raise ValueError(f"expected {what} for the task {task} of row {id!r}, got {len(captions)} captions")
+        return texts
+
+    if (task in ("pose_estimation", "rpe")) != (num_images > 0):
+        raise ValueError(
+            f"expected pictures for pose_estimation and rpe alone, got {num_images} for {task} in row {id!r}"
+        )
+    if num_poses != 1:
+        phrases = need(by_kind.get("phrase", []), "captions of kind `phrase`")
+        if len(phrases) != num_poses:
+            raise ValueError(f"expected a phrase for each of the {num_poses} poses of row {id!r}, got {len(phrases)}")
+        return _make_messages(num_images, _draw_group_question(rng, phrases), _draw_group_answer(rng, phrases))
+
+    if task == "text_to_pose":
+        asked = rng.choice(rng.choice(need(descriptions, f"a caption of kind {', '.join(DESCRIBING_KINDS)}")))
+    elif task == "spg":
+        asked = rng.choice(need(by_kind.get("implicit", []), "a caption of kind `implicit`"))
+    elif task == "rpe":
+        asked = rng.choice(need(by_kind.get("phrase", []), "a caption of kind `phrase`"))
+    else:
+        asked = ""
+    # Nobody explains what was just said: a described pose stays without.
+    if task != "text_to_pose" and descriptions and rng.random() < _EXPLAINED_SHARE:
+        question = f"{_as_sentence(asked)} {rng.choice(EXPLANATION_REQUESTS)}".strip()
+        answer = _fill(rng.choice(EXPLAINED_ANSWERS), rng.choice(rng.choice(descriptions)))
+    else:
+        questions, more_questions = _QUESTIONS[task]
+        is_more = rng.random() < _MORE_SHARE
+        question = _fill(rng.choice(more_questions if is_more else questions), asked)
+        answer = rng.choice(ANSWERS)
+    return _make_messages(num_images, question, answer)
+
+
+def redraw_messages(row: dict, seed: int, epoch: int) -> dict:
+    """
+    The row with the conversation of another epoch: another question, another of its captions. Chats about other things
+    (task `"vqa"`), and rows without a caption or a picture to draw from, stay as they are.
+    """
+    if row["task"] == "vqa" or not (row["captions"] or row["images"]):
+        return row
+    counts = len(row["images"]), len(row["poses"])
+    messages = draw_messages(row["task"], row["captions"], *counts, seed=seed, id=row["id"], epoch=epoch)
+    return {**row, "messages": messages}
+
+
+def make_parts(text: str) -> list[dict]:
+    """The parts of an answer: its words, and a pose for each `<POSE>`."""
+    parts: list[dict] = []
+    for index, words in enumerate(text.split(POSE_TOKEN)):
+        parts += [{"type": "pose", "text": None}] if index else []
+        parts += [{"type": "text", "text": words}] if words else []
+    return parts
+
+
+def _make_messages(num_images: int, question: str, answer: str) -> list[dict]:
+    images = [{"type": "image", "text": None} for _ in range(num_images)]
+    return [
+        {"role": "user", "content": [*images, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": make_parts(answer)},
+    ]
+
+
+def _draw_group_question(rng: _Draw, phrases: Sequence[str]) -> str:
+    names = [_as_phrase(phrase) for phrase in phrases]
+    return rng.choice(GROUP_QUESTIONS).format(phrases=f"{', '.join(names[:-1])} and {names[-1]}")
+
+
+def _draw_group_answer(rng: _Draw, phrases: Sequence[str]) -> str:
+    poses = ", ".join(f"{_as_phrase(phrase)} is {POSE_TOKEN}" for phrase in phrases)
+    return rng.choice(GROUP_ANSWERS).format(poses=poses, Poses=poses[:1].upper() + poses[1:])
+
+
+def _fill(template: str, text: str) -> str:
+    if template.startswith("{phrase}"):
+        return template.replace("{phrase}", _as_phrase(text))
+    return template.replace("{sent}", _as_sentence(text))
+
+
+def _as_sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.rstrip("\"')]").endswith((".", "!", "?")) or not text else f"{text}."
+
+
+def _as_phrase(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,174 @@
+"""What a reader is: a data set as the user downloaded it, read part by part into rows."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from .prompts import draw_messages
+from .rows import NUM_JOINTS, RowError, validate_row
+
+
+_MAX_EXAMPLES = 5  # names kept for each reason to skip
+# The fingers of SMPL-H and the marker sets of motion capture say nothing about SMPL's two hand joints.
+BODY_ONLY_MASK = [joint < 22 for joint in range(NUM_JOINTS)]
+
+
+class Source(ABC):
+    """
+    A data set in a folder. Iterating over it gives its rows, every one of them valid.
+
+    Subclasses say which parts there are and how one is read. Parts are read in any order and by any process: a part's
+    rows depend on the files, the seed and the part's name alone.
+
+    Args:
+        folder (`str` or `Path`): what was downloaded.
+        seed (`int`, *optional*, defaults to 0): for everything that is drawn.
+
+    Attributes:
+        name (`str`): the source, as rows have it.
+        licence (`str`): its terms, as rows have them.
+        skipped (`dict[str, int]`): what was left out so far, counted by reason.
+        skipped_examples (`dict[str, list[str]]`): the first few of each reason, by name.
+    """
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+
+    def __init__(self, folder: str | Path, seed: int = 0):
+        self.folder = Path(folder)
+        self.seed = seed
+        self.skipped: dict[str, int] = {}
+        self.skipped_examples: dict[str, list[str]] = {}
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"expected the folder of {self.name}, got {self.folder}, which is none")
+
+    @abstractmethod
+    def parts(self) -> list[str]:
+        """`"split/name"` of each piece of work, in an order that stays; some hundreds to thousands of rows each."""
+
+    @abstractmethod
+    def read_part(self, part: str) -> Iterator[dict]:
+        """
+        The rows of a part as the files have them; what is left out is reported by `skip`.
+
+        Raises:
+            ValueError or OSError: where the part's own file is absent, damaged or of another layout; names the file.
+        """
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        """What the rows depend on beside the files; rows made with other settings are not mixed with them."""
+        return {"source": self.name, "input": str(self.folder.resolve()), "seed": self.seed}
+
+    def rows(self, part: str) -> Iterator[dict]:
+        """The valid rows of a part; others, such as those with NaN in a pose, are counted in `skipped`."""
+        ids: set[str] = set()
+        for row in self.read_part(part):
+            try:
+                validate_row(row)
+            except RowError as error:
+                self.skip(error.reason, str(row.get("id")))
+            else:
+                if row["id"] in ids:
+                    self.skip("`id`: came before", row["id"])
+                else:
+                    ids.add(row["id"])
+                    yield row
+
+    def __iter__(self) -> Iterator[dict]:
+        for part in self.parts():
+            yield from self.rows(part)
+
+    def skip(self, reason: str, name: str, count: int = 1) -> None:
+        """Counts what is left out. A reason that begins with "missing" or "damaged" is the files' fault, not the data's."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + count
+        examples = self.skipped_examples.setdefault(reason, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(name)
+
+    def make_row(
+        self,
+        id: str,
+        task: str,
+        poses: Sequence = (),
+        captions: Sequence[tuple[str, str]] = (),
+        images: Sequence[bytes] = (),
+        pose_mask: Sequence[bool] | None = None,
+        messages: list[dict] | None = None,
+    ) -> dict:
+        """
+        A row of this source.
+
+        Args:
+            id (`str`): unique in the source.
+            task (`str`): one of `rows.TASKS`.
+            poses (`Sequence` of shape `(24, 3)`, *optional*): axis-angle, camera frame.
+            captions (`Sequence[tuple[str, str]]`, *optional*): kind and text of each; see `prompts.draw_messages`.
+            images (`Sequence[bytes]`, *optional*): encoded pictures.
+            pose_mask (`Sequence[bool]`, *optional*): of all poses alike; every joint by default.
+            messages (`list[dict]`, *optional*): drawn from the task and the captions by default.
+        """
+        texts = [{"kind": kind, "text": text} for kind, text in captions]
+        if messages is None:
+            messages = draw_messages(task, texts, len(images), len(poses), seed=self.seed, id=id)
+        mask = list(pose_mask) if pose_mask is not None else [True] * NUM_JOINTS
+        return {
+            "id": id,
+            "source": self.name,
+            "task": task,
+            "messages": messages,
+            "images": [{"bytes": image, "path": None} for image in images],
+            "poses": [np.asarray(pose) for pose in poses],
+            "pose_mask": [list(mask) for _ in poses],
+            "captions": texts,
+            "licence": self.licence,
+        }
+
+
+def load_json(path: str | Path) -> object:
+    """
+    A JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: name the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the file {path}, found none")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+        raise ValueError(f"expected UTF-8 JSON in {path}: {error!r}") from error
+
+
+def load_jsonl(path: str | Path) -> list[dict]:
+    """A file of JSON objects, one on each line; as [`load_json`]."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the file {path}, found none")
+    try:
+        # Lines end at \n alone: `splitlines` would cut at characters that JSON has inside strings.
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a UTF-8 JSON object on each line of {path}: {error!r}") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"expected a JSON object on each line of {path}, got other values")
+    return records
+
+
+def inside(folder: Path, name: object) -> Path:
+    """
+    A file that a data set names, under the folder: names come from strangers.
+
+    Raises:
+        ValueError: for an absolute path or one that leads out of the folder.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"expected a file name, got {name!r:.200}")
+    relative = Path(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or relative.drive:
+        raise ValueError(f"refused the path {name!r}, which leads out of {folder}")
+    return folder / relative
