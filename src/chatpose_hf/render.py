@@ -130,6 +130,60 @@ def overlay_bodies(
     return canvas.convert("RGB")
 
 
+def draw_bodies(
+    background: np.ndarray,
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    vertex_colors: np.ndarray,
+    focal: float,
+    center: tuple[float, float],
+    light: ArrayLike,
+    ambient: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Draws bodies as a pinhole camera sees them, over a background.
+
+    Args:
+        background (`np.ndarray` of shape `(H, W, 3)`): bytes, sRGB.
+        vertices (`np.ndarray` of shape `(N, V, 3)`): metres, camera frame, all before the camera (z > 0).
+        faces (`np.ndarray` of shape `(F, 3)`): of each body.
+        vertex_colors (`np.ndarray` of shape `(N, V, 3)`): sRGB, 0 to 1.
+        focal (`float`), center (`(x, y)`): the camera's, in pixels.
+        light (array of shape `(3,)`): the direction towards the light.
+        ambient (`float`): the share of the light that comes from everywhere, 0 to 1.
+
+    Returns:
+        `(np.ndarray, np.ndarray)`: the picture, `(H, W, 3)` bytes; and at each pixel the number of the body in its middle,
+        -1 for none, `(H, W)`.
+    """
+    height, width = background.shape[:2]
+    fine_height, fine_width = height * _SUPERSAMPLING, width * _SUPERSAMPLING
+    flat = vertices.reshape(-1, 3).astype(np.float32)
+    if not flat[:, 2].min() > 0:
+        raise ValueError("expected all vertices before the camera, got some with z <= 0")
+    inverse = 1 / flat[:, 2]
+    xy = (flat[:, :2] * inverse[:, None] * focal + np.asarray(center, dtype=np.float32)) * _SUPERSAMPLING
+    projected = _Projected(xy[:, 0], xy[:, 1], inverse)
+    triangles = _flat_faces(faces, *vertices.shape[:2])
+    pixels, nearest = _rasterize(projected, triangles, fine_width, fine_height)
+    corners, weights = _interpolation(projected, triangles, pixels, nearest, fine_width)
+
+    direction = np.asarray(light, dtype=np.float32)
+    lit = vertex_normals(vertices, faces) @ (direction / np.linalg.norm(direction))
+    brightness = ambient + (1 - ambient) * np.clip(lit, 0, None)
+    shaded = (vertex_colors.reshape(-1, 3) ** 2.2 * brightness[:, None]).astype(np.float32)
+    color = (weights[..., None] * shaded[corners]).sum(0)
+    canvas = np.repeat(np.repeat(background, _SUPERSAMPLING, axis=0), _SUPERSAMPLING, axis=1).reshape(-1, 3)
+    canvas[pixels] = np.clip(color, 0, 1) ** (1 / 2.2) * 255
+    blocks = canvas.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING, 3)
+    owner = np.full(fine_height * fine_width, -1, dtype=np.int64)
+    owner[pixels] = corners[0] // vertices.shape[1]
+    middle = owner.reshape(fine_height, fine_width)[
+        _SUPERSAMPLING // 2 :: _SUPERSAMPLING, _SUPERSAMPLING // 2 :: _SUPERSAMPLING
+    ]
+    return (blocks.astype(np.uint16).sum((1, 3)) // _SUPERSAMPLING**2).astype(np.uint8), middle
+
+
 def contact_sheet(
     pictures: Sequence[Image.Image],
     captions: Sequence[str] = (),
@@ -304,19 +358,27 @@ def _expand(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return owner, np.arange(len(owner)) - (before - first)[owner]
 
 
-def _draw(
-    vertices: np.ndarray, projected: _Projected, faces: np.ndarray, width: int, height: int, colors: Sequence[str]
-) -> Image.Image:
-    """Shaded bodies `(N, V, 3)` on nothing; width and height are supersampled, the picture is not."""
-    triangles = _flat_faces(faces, *vertices.shape[:2])
-    pixels, nearest = _rasterize(projected, triangles, width, height)
+def _interpolation(
+    projected: _Projected, triangles: np.ndarray, pixels: np.ndarray, nearest: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each pixel, the three vertices around it and their weights, `(3, P)` each."""
     corners = triangles.T[:, nearest]
     x = projected.x[corners] - (pixels % width + 0.5).astype(np.float32)
     y = projected.y[corners] - (pixels // width + 0.5).astype(np.float32)
     # Areas opposite each corner, over depth: weights that are right in perspective, up to their sum.
     weights = np.stack([x[1] * y[2] - x[2] * y[1], x[2] * y[0] - x[0] * y[2], x[0] * y[1] - x[1] * y[0]])
     weights *= projected.inverse_depth[corners]
-    light = (weights * _light(vertex_normals(vertices, faces))[corners]).sum(0) / weights.sum(0)
+    return corners, weights / weights.sum(0)
+
+
+def _draw(
+    vertices: np.ndarray, projected: _Projected, faces: np.ndarray, width: int, height: int, colors: Sequence[str]
+) -> Image.Image:
+    """Shaded bodies `(N, V, 3)` on nothing; width and height are supersampled, the picture is not."""
+    triangles = _flat_faces(faces, *vertices.shape[:2])
+    pixels, nearest = _rasterize(projected, triangles, width, height)
+    corners, weights = _interpolation(projected, triangles, pixels, nearest, width)
+    light = (weights * _light(vertex_normals(vertices, faces))[corners]).sum(0)
 
     body = corners[0] // vertices.shape[1]
     shades = np.stack([_shades(colors[number % len(colors)]) for number in range(len(vertices))])

@@ -11,6 +11,7 @@ SOURCES = {
     "bedlam": "bedlam.Bedlam",
     "llava": "llava.LlavaInstruct",
     "rpe-refined": "rpe_refined.RpeRefined",
+    "synthetic": "synthetic.SyntheticPeople",
 }
 
 

@@ -577,7 +577,8 @@ def _super_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.nda
     is_wide = (np.abs(v("x", "left foot", "right foot")) > 0.5) & (np.abs(v("z", "left foot", "right foot")) < 0.3)
     codes.append((PoseCode("feet", "spread", "", "super", 5), is_wide))
     for parts in _ALIGNED:
-        near = v("distance", *parts) <= 0.8
+        # Of a left and a right part that are farther apart, one is always to the left: it tells nothing.
+        near = v("distance", *parts) <= (0.8 if parts[0].split()[0] == parts[1].split()[0] else 0.4)
         aligned = {axis: near & (np.abs(v(axis, *parts)) <= 0.05) for axis in "xyz"}
         for axis, relations in _ALIGNED_RELATIONS.items():
             first, second = (aligned[other] for other in "xyz" if other != axis)

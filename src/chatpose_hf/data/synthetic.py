@@ -1,0 +1,508 @@
+"""Synthetic people: poses in, rendered pictures of clothed bodies with exact labels out."""
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from ..body import BodyModel
+from ..render import draw_bodies
+from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
+from .captions import Captioner
+from .source import Source
+
+
+_PICTURES_PER_PART = 500
+_VAL_EVERY = 20  # one part in so many is of the split val
+_PEOPLE_IN_GROUP = (2, 2, 3, 3, 4)
+_GROUP_SHARE = 0.1
+_EVERYBODY_SHARE = 0.3  # of the groups that are asked for all
+_CELL = 0.028  # metres: the default body keeps some 2,500 of its 13,718 vertices, and its fingers
+_NOISE = 0.12  # radians, of each axis of a joint
+_NOISE_SHARE, _RECOMBINED_SHARE, _OCCLUDED_SHARE, _BLURRED_SHARE = 0.5, 0.3, 0.25, 0.3
+_MAX_OCCLUSION = 0.3  # of the person's pixels
+_LOWER_BODY = (1, 2, 4, 5, 7, 8, 10, 11)
+# Beyond what the given poses show: how far a knee or an elbow may be overstretched or twisted, radians about x, y, z.
+_HINGES = {4: (-0.1, 2.6), 5: (-0.1, 2.6)}
+# Far enough apart to be told by name in any light.
+COLORS = {
+    "red": (190, 30, 35),
+    "orange": (235, 125, 25),
+    "yellow": (235, 205, 50),
+    "green": (45, 135, 60),
+    "blue": (40, 75, 175),
+    "purple": (115, 50, 140),
+    "pink": (240, 150, 185),
+    "white": (238, 238, 235),
+    "black": (28, 28, 32),
+}
+HAIR_COLORS = {"black": (25, 22, 22), "brown": (92, 58, 36), "blond": (215, 180, 110), "grey": (150, 150, 150)}
+_SKIN_COLORS = ((255, 219, 190), (236, 188, 150), (205, 150, 110), (160, 105, 70), (105, 66, 45), (70, 45, 34))
+_SHOE_COLORS = ((40, 40, 42), (225, 225, 222), (95, 65, 45), (120, 120, 125))
+_TOPS = {"T-shirt": False, "long-sleeved shirt": True}
+_BOTTOMS = {"shorts": False, "trousers": True}
+
+
+class Person(NamedTuple):
+    """
+    A person of a picture.
+
+    Attributes:
+        pose (`np.ndarray` of shape `(24, 3)`): axis-angle in radians, camera frame.
+        box (`tuple`): (left, top, right, bottom) of the body in pixels, what is hidden included.
+        phrases (`list[str]`): each is true of this person and of nobody else in the picture.
+    """
+
+    pose: np.ndarray
+    box: tuple[float, float, float, float]
+    phrases: list[str]
+
+
+class Scene(NamedTuple):
+    """
+    A picture and its people.
+
+    Attributes:
+        image (`PIL.Image.Image`): RGB.
+        people (`list[Person]`): in the order of the poses.
+        owners (`np.ndarray` of shape `(H, W)`): at each pixel, the number of the person there, -1 for none.
+        focal (`float`), center (`tuple`): the camera's, in pixels.
+        translations (`np.ndarray` of shape `(N, 3)`): what takes each body of `BodyModel.vertices(pose)` to its place.
+    """
+
+    image: Image.Image
+    people: list[Person]
+    owners: np.ndarray
+    focal: float
+    center: tuple[float, float]
+    translations: np.ndarray
+
+
+class _Look(NamedTuple):
+    top: str
+    top_color: str
+    bottom: str
+    bottom_color: str
+    hair_color: str | None
+    skin: tuple[int, int, int]
+    shoes: tuple[int, int, int]
+
+
+def decimate(body: BodyModel, cell: float = _CELL) -> BodyModel:
+    """
+    A coarser body for small pictures: the vertices of each cell of a grid in the rest pose become one.
+
+    Args:
+        body ([`BodyModel`]): of any kind; pose blend shapes are left out.
+        cell (`float`, *optional*): metres.
+    """
+    rest, weights = body.rest_vertices.double().numpy(), body.weights.double().numpy()
+    # Not across bones: neighbouring fingers, or the legs, would grow together.
+    keys = np.concatenate([np.floor(rest / cell), weights.argmax(1)[:, None]], axis=1)
+    _, owner, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+    owner = owner.ravel()
+    faces = owner[body.faces.numpy()]
+    is_whole = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
+
+    def mean(values: np.ndarray) -> Tensor:
+        total = np.stack([np.bincount(owner, column) for column in values.T], axis=1)
+        return torch.from_numpy(total / counts[:, None]).float()
+
+    return BodyModel(
+        body.name,
+        rest_vertices=mean(rest),
+        rest_joints=body.rest_joints,
+        weights=mean(weights),
+        faces=torch.from_numpy(np.unique(faces[is_whole], axis=0)),
+        parents=body.parents,
+        joint_names=body.joint_names,
+    )
+
+
+class PoseSampler:
+    """
+    New poses from given ones: a heading of their own, noise that stays inside the joints' limits, and the upper body of one
+    with the lower body of another. The limits of a joint's three numbers are what 99 % of the given poses keep to; a pose
+    that is beyond them already is not brought back, and not led farther out.
+
+    Args:
+        poses (`np.ndarray` of shape `(N, 24, 3)`): axis-angle in radians, camera frame.
+        masks (`np.ndarray` of shape `(N, 24)`): the joints that are known; others stay as they are.
+    """
+
+    def __init__(self, poses: np.ndarray, masks: np.ndarray):
+        if poses.ndim != 3 or poses.shape[1:] != (24, 3) or len(poses) == 0 or masks.shape != poses.shape[:2]:
+            raise ValueError(
+                f"expected some poses of shape (N, 24, 3) and masks (N, 24), got {poses.shape} and {masks.shape}"
+            )
+        if not np.isfinite(poses).all():
+            raise ValueError("expected finite poses, got NaN or infinity; leave those poses out")
+        self._poses, self._masks = poses.astype(np.float64), masks.astype(bool)
+        self.low, self.high = np.quantile(self._poses, [0.005, 0.995], axis=0)
+        for joint, (low, high) in _HINGES.items():
+            self.low[joint, 0] = max(self.low[joint, 0], low)
+            self.high[joint, 0] = min(self.high[joint, 0], high)
+
+    def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A pose `(24, 3)` in the camera frame, and its mask `(24,)`."""
+        index = rng.integers(len(self._poses))
+        pose, mask = self._poses[index].copy(), self._masks[index].copy()
+        if rng.random() < _RECOMBINED_SHARE:
+            other = rng.integers(len(self._poses))
+            pose[list(_LOWER_BODY)] = self._poses[other, list(_LOWER_BODY)]
+            mask[list(_LOWER_BODY)] = self._masks[other, list(_LOWER_BODY)]
+        if rng.random() < _NOISE_SHARE:
+            noise = rng.normal(0, _NOISE, pose.shape) * mask[:, None]
+            noise[0] = 0
+            pose = np.clip(pose + noise, np.minimum(pose, self.low), np.maximum(pose, self.high))
+        return turn(pose[None], _rotation(1, rng.uniform(-np.pi, np.pi)))[0], mask
+
+
+def turn(poses: np.ndarray, rotmat: np.ndarray) -> np.ndarray:
+    """Poses `(N, 24, 3)` whose global orientation is turned by a matrix of the camera frame."""
+    orient = torch.from_numpy(rotmat) @ rotvec_to_rotmat(torch.from_numpy(poses[:, 0]).double())
+    return np.concatenate([rotmat_to_rotvec(orient).numpy()[:, None], poses[:, 1:]], axis=1)
+
+
+class Studio:
+    """
+    Draws people. One body of one shape; clothes, hair and skin are colours of its parts.
+
+    Args:
+        body ([`BodyModel`], *optional*): the default body where none is given.
+    """
+
+    def __init__(self, body: BodyModel | None = None):
+        self.body = decimate(body or BodyModel.load("default"))
+        self._faces = self.body.faces.numpy()
+        self._parts = _body_parts(self.body)
+
+    def draw(self, poses: np.ndarray, rng: np.random.Generator, size: int) -> Scene:
+        """
+        A picture of people on one floor; one alone fills it as a person crop does.
+
+        Args:
+            poses (`np.ndarray` of shape `(N, 24, 3)`):
+                Axis-angle in radians, camera frame of a camera that stands level; the picture's camera looks up or down,
+                and the labels in `Scene.people` have that in them.
+            rng (`np.random.Generator`): decides all else.
+            size (`int`): pixels of the picture's side.
+        """
+        poses = np.asarray(poses)
+        if poses.ndim != 3 or poses.shape[1:] != (24, 3) or len(poses) == 0 or not np.isfinite(poses).all():
+            raise ValueError(f"expected some finite poses of shape (N, 24, 3), got {poses.shape}")
+        looks = _draw_looks(len(poses), rng)
+        with torch.no_grad():
+            level = self.body.vertices(torch.from_numpy(poses).float()).double().numpy()
+        level = _place(level, rng)
+        camera = _rotation(2, rng.normal(0, np.radians(3))) @ _rotation(0, rng.uniform(*np.radians([-8, 30])))
+        vertices = level @ camera.T
+        # The nearer the camera, the stronger the perspective.
+        points = vertices.reshape(-1, 3)
+        middle = (points.min(0) + points.max(0)) / 2
+        distance = np.linalg.norm(points - middle, axis=1).max() / np.sin(np.radians(rng.uniform(14, 50)) / 2)
+        shift = np.array([0, 0, distance]) - middle
+        vertices = vertices + shift
+
+        planes = vertices[..., :2] / vertices[..., 2:]
+        low, high = planes.reshape(-1, 2).min(0), planes.reshape(-1, 2).max(0)
+        extent = high - low
+        # As `person_crop` frames a box, give or take what detectors do; of a group nobody is cut off.
+        if len(poses) == 1:
+            side, jitter = max(extent[1], extent[0] * 4 / 3) * rng.uniform(1.0, 1.3), 0.04
+        else:
+            side, jitter = max(extent) * rng.uniform(1.08, 1.3), 0.03
+        focal = size / side
+        center = size / 2 - (low + high) / 2 * focal + rng.uniform(-jitter, jitter, 2) * size
+
+        background = _draw_background(rng, size)
+        colors = np.stack([self._colors(look) for look in looks])
+        light = camera @ np.array([rng.uniform(-1, 1), -rng.uniform(0.4, 1.2), -rng.uniform(0.1, 1)])
+        pixels, owners = draw_bodies(
+            background, vertices, self._faces, colors, focal, tuple(center), light, ambient=rng.uniform(0.35, 0.6)
+        )
+        pixels, owners = _occlude(pixels, owners, rng)
+        boxes = np.concatenate([planes.min(1), planes.max(1)], axis=1) * focal + np.tile(center, 2)
+        labels = turn(poses.astype(np.float64), camera)
+        phrases = _make_phrases(looks, boxes, vertices[..., 2].mean(1))
+        with torch.no_grad():
+            placed = self.body.vertices(torch.from_numpy(labels).float()).double().numpy()
+        return Scene(
+            image=_finish(pixels, rng),
+            people=[
+                Person(label, tuple(box.tolist()), texts)
+                for label, box, texts in zip(labels, boxes, phrases, strict=True)
+            ],
+            owners=owners,
+            focal=float(focal),
+            center=(float(center[0]), float(center[1])),
+            translations=(vertices - placed).mean(1),
+        )
+
+    def _colors(self, look: _Look) -> np.ndarray:
+        """sRGB of each vertex, 0 to 1."""
+        colors = np.tile(np.array(look.skin, dtype=np.float32), (len(self._parts["torso"]), 1))
+        top, bottom = COLORS[look.top_color], COLORS[look.bottom_color]
+        colors[self._parts["torso"] | self._parts["upper arms"]] = top
+        if _TOPS[look.top]:
+            colors[self._parts["forearms"]] = top
+        colors[self._parts["hips"]] = bottom
+        if _BOTTOMS[look.bottom]:
+            colors[self._parts["shins"]] = bottom
+        colors[self._parts["feet"]] = look.shoes
+        if look.hair_color:
+            colors[self._parts["scalp"]] = HAIR_COLORS[look.hair_color]
+        colors[self._parts["eyes"]] = (40, 35, 35)
+        return colors / 255
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    rotvec = torch.zeros(3, dtype=torch.float64)
+    rotvec[axis] = angle
+    return rotvec_to_rotmat(rotvec).numpy()
+
+
+def _body_parts(body: BodyModel) -> dict[str, np.ndarray]:
+    """Which vertices are of which part, by the bone that moves them and by their place at rest (y up, facing +z)."""
+    bone = body.weights.argmax(1).numpy()
+    x, y, z = body.rest_vertices.numpy().T
+    joints = body.rest_joints.numpy()
+    head = np.isin(bone, [15])
+    crown = y[head].max()
+    chin = y[head].min()
+    height = crown - chin
+    # By height alone: by bones the shirt's edge would be ragged.
+    is_trunk = np.isin(bone, [0, 1, 2, 3, 6, 9, 13, 14])
+    waist = joints[3, 1]
+    elbow = abs(joints[18, 0])
+    is_face = z > joints[15, 2] + 0.045
+    eye_line = np.abs(y - (chin + 0.57 * height)) < 0.05 * height
+    return {
+        "torso": is_trunk & (y > waist),
+        "hips": is_trunk & (y <= waist),
+        "shins": np.isin(bone, [4, 5]),
+        "feet": np.isin(bone, [7, 8, 10, 11]),
+        "upper arms": np.isin(bone, [16, 17]) & (np.abs(x) < elbow),
+        "forearms": np.isin(bone, [18, 19]),
+        "scalp": head
+        & ((y > chin + 0.78 * height) | ((y > chin + 0.3 * height) & ~is_face & (z < joints[15, 2] + 0.02))),
+        "eyes": head & eye_line & is_face & (np.abs(np.abs(x) - 0.033) < 0.014),
+    }
+
+
+def _draw_looks(count: int, rng: np.random.Generator) -> list[_Look]:
+    names, hairs = list(COLORS), [*HAIR_COLORS, None]
+    return [
+        _Look(
+            top=str(rng.choice(list(_TOPS))),
+            top_color=str(rng.choice(names)),
+            bottom=str(rng.choice(list(_BOTTOMS))),
+            bottom_color=str(rng.choice(names)),
+            hair_color=hairs[rng.choice(len(hairs), p=[0.3, 0.3, 0.15, 0.15, 0.1])],
+            skin=_SKIN_COLORS[rng.integers(len(_SKIN_COLORS))],
+            shoes=_SHOE_COLORS[rng.integers(len(_SHOE_COLORS))],
+        )
+        for _ in range(count)
+    ]
+
+
+def _place(vertices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bodies on the floor y = 0, in a row in a random order, some nearer than others."""
+    low, high = vertices.min(1), vertices.max(1)
+    offsets = np.zeros((len(vertices), 3))
+    offsets[:, 1] = -high[:, 1]
+    edge = 0.0
+    for number in rng.permutation(len(vertices)):
+        offsets[number, 0] = edge - low[number, 0]
+        edge += high[number, 0] - low[number, 0] + rng.uniform(-0.15, 0.4)
+    if len(vertices) > 1:
+        offsets[:, 2] = rng.uniform(-0.7, 0.7, len(vertices)) - (low[:, 2] + high[:, 2]) / 2
+    return vertices + offsets[:, None]
+
+
+def _draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A wall and a floor in muted colours, with soft blotches; bytes."""
+    grey = rng.uniform(50, 215, (2, 1))
+    wall, floor = np.clip(grey + rng.normal(0, 9, (2, 3)), 0, 255)
+    rows = np.arange(size)[:, None] / size
+    horizon = rng.uniform(0.45, 0.95)
+    softness = rng.uniform(0.005, 0.1)
+    blend = 1 / (1 + np.exp(-np.clip((rows - horizon) / softness, -30, 30)))
+    column = wall * (1 - blend) + floor * blend + (rows - 0.5) * rng.uniform(-40, 40)
+    blotches = rng.normal(0, rng.uniform(0, 22), (rng.integers(3, 9), rng.integers(3, 9))).astype(np.float32)
+    texture = np.asarray(Image.fromarray(blotches).resize((size, size), Image.Resampling.BICUBIC))
+    return np.clip(column[:, None] + texture[..., None], 0, 255).astype(np.uint8)
+
+
+def _occlude(pixels: np.ndarray, owners: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sometimes a thing before the people, which hides at most 30 % of any one."""
+    if rng.random() >= _OCCLUDED_SHARE:
+        return pixels, owners
+    size = len(owners)
+    visible = np.bincount(owners[owners >= 0])
+    width, height = rng.uniform(0.1, 0.4, 2) * size
+    left, top = rng.uniform(0, size - width), rng.uniform(0, size - height)
+    thing = Image.new("1", (size, size))
+    drawer = ImageDraw.Draw(thing)
+    shape = drawer.ellipse if rng.random() < 0.5 else drawer.rectangle
+    shape((left, top, left + width, top + height), fill=1)
+    mask = np.asarray(thing)
+    hidden = np.bincount(owners[mask & (owners >= 0)], minlength=len(visible))
+    if (hidden > _MAX_OCCLUSION * visible).any():
+        return pixels, owners
+    color = np.clip(rng.uniform(30, 220) + rng.normal(0, 20, 3), 0, 255).astype(np.uint8)
+    return np.where(mask[..., None], color, pixels), np.where(mask, -1, owners)
+
+
+def _finish(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """What lenses and sensors do."""
+    noise = rng.normal(0, rng.uniform(0, 5), pixels.shape[:2]).astype(np.int16)
+    image = Image.fromarray(np.clip(pixels + noise[..., None], 0, 255).astype(np.uint8))
+    if rng.random() < _BLURRED_SHARE:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.8) * len(pixels) / 224))
+    return image
+
+
+def _make_phrases(looks: Sequence[_Look], boxes: np.ndarray, depths: np.ndarray) -> list[list[str]]:
+    """Of each person, what is true of nobody else. One alone needs no telling apart."""
+    middles = (boxes[:, 0] + boxes[:, 2]) / 2
+    order = np.argsort(middles).tolist()
+    is_apart = len(looks) > 1 and np.diff(np.sort(middles)).min() > 0.1 * (boxes[:, 2].max() - boxes[:, 0].min())
+    nearest = np.argsort(depths)
+    phrases: list[list[str]] = []
+    for number, look in enumerate(looks):
+        others = [other for index, other in enumerate(looks) if index != number]
+        texts = []
+        if all(other.top_color != look.top_color for other in others):
+            texts.append(f"the person in the {look.top_color} {'shirt' if _TOPS[look.top] else look.top}")
+        if all(other.bottom_color != look.bottom_color for other in others):
+            texts.append(f"the person wearing {look.bottom_color} {look.bottom}")
+        if all((other.top_color, other.bottom_color) != (look.top_color, look.bottom_color) for other in others):
+            texts.append(
+                f"the person in {'an' if look.top_color[0] == 'o' else 'a'} {look.top_color} {look.top} and {look.bottom_color} {look.bottom}"
+            )
+        if look.hair_color and all(other.hair_color != look.hair_color for other in others):
+            texts.append(f"the person with {look.hair_color} hair")
+        if is_apart and number == order[0]:
+            texts.append("the person on the left")
+        if is_apart and number == order[-1]:
+            texts.append("the person on the right")
+        if is_apart and len(looks) == 3 and number == order[1]:
+            texts.append("the person in the middle")
+        if len(looks) > 1 and number == nearest[0] and depths[nearest[1]] - depths[nearest[0]] > 0.4:
+            texts.append("the person closest to the camera")
+        phrases.append(texts)
+    return phrases
+
+
+class SyntheticPeople(Source):
+    """
+    Pictures of people in the poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`, changed as [`PoseSampler`]
+    does. Nine in ten show one person (task `"pose_estimation"`, captions of kind `"geometry"`); the others some people (task
+    `"rpe"`), one of whom is asked for by a phrase that is true of nobody else, or all of them.
+
+    Args:
+        folder (`str` or `Path`): the rows.
+        seed (`int`, *optional*, defaults to 0): for everything that is drawn.
+        image_size (`int`, *optional*, defaults to 224): pixels of a picture's side.
+        count (`int`, *optional*, defaults to 10000): how many pictures; one in twenty of the poses of the split `val`.
+    """
+
+    name = "synthetic"
+    licence = "Rendered by chatpose_hf from a CC0 body; the poses keep the terms of the rows that they were made from"
+
+    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 224, count: int = 10_000):
+        super().__init__(folder, seed)
+        if image_size < 16 or count < 1:
+            raise ValueError(
+                f"expected pictures of at least 16 pixels and at least 1 of them, got {image_size}, {count}"
+            )
+        self.image_size = image_size
+        self.count = count
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        return {**super().settings(), "image_size": self.image_size, "count": self.count}
+
+    def parts(self) -> list[str]:
+        if not any(self.folder.glob("train/*.parquet")):
+            raise FileNotFoundError(
+                f"expected rows, {self.folder}/train/*.parquet, found none; make some with `chatpose data`"
+            )
+        has_val = any(self.folder.glob("val/*.parquet"))
+        number_of_parts = -(-self.count // _PICTURES_PER_PART)
+        return [
+            f"{'val' if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{number:06}"
+            for number in range(number_of_parts)
+        ]
+
+    def read_part(self, part: str) -> Iterator[dict]:
+        split, number = part.split("/")
+        sampler = _load_sampler(self.folder, split)
+        studio, captioner = _load_studio(), _load_captioner()
+        first = int(number) * _PICTURES_PER_PART
+        for index in range(first, min(first + _PICTURES_PER_PART, self.count)):
+            id = f"{index:08}"
+            rng = np.random.default_rng([self.seed, index])
+            num_people = rng.choice(_PEOPLE_IN_GROUP) if rng.random() < _GROUP_SHARE else 1
+            poses, masks = map(np.stack, zip(*(sampler.sample(rng) for _ in range(num_people)), strict=True))
+            scene = studio.draw(poses, rng, self.image_size)
+            image = _encode(scene.image)
+            if num_people == 1:
+                # What is up and down is told by the level camera. The picture's may look from above.
+                said = captioner.captions(torch.from_numpy(poses), [f"{self.seed}/{id}"])[0]
+                captions = [("geometry", text) for text in said]
+                row = self.make_row(id, "pose_estimation", [scene.people[0].pose], captions, [image])
+                yield {**row, "pose_mask": masks.tolist()}
+                continue
+            told = [number for number, person in enumerate(scene.people) if person.phrases]
+            if len(told) == num_people and rng.random() < _EVERYBODY_SHARE:
+                asked, captions = told, [("phrase", str(rng.choice(scene.people[n].phrases))) for n in told]
+            elif told:
+                asked = [int(rng.choice(told))]
+                captions = [("phrase", text) for text in scene.people[asked[0]].phrases]
+            else:
+                self.skip("nobody in the group can be told apart", id)
+                continue
+            row = self.make_row(id, "rpe", [scene.people[n].pose for n in asked], captions, [image])
+            yield {**row, "pose_mask": masks[asked].tolist()}
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+# Kept for the parts to come.
+@lru_cache(maxsize=2)
+def _load_sampler(folder: Path, split: str) -> PoseSampler:
+    poses, masks = [], []
+    for path in sorted(folder.glob(f"{split}/*.parquet")):
+        try:
+            table = pq.read_table(path, columns=["task", "poses", "pose_mask"])
+            for row in table.to_pylist():
+                if row["task"] != "spg":  # those poses are there already
+                    poses += row["poses"]
+                    masks += row["pose_mask"]
+        except (OSError, ValueError) as error:  # Arrow's errors are these
+            raise ValueError(f"expected rows in {path}, as `chatpose data` writes them: {error}") from error
+    if not poses:
+        raise ValueError(f"expected rows with poses in {folder / split}, found none")
+    return PoseSampler(np.array(poses, dtype=np.float64), np.array(masks, dtype=bool))
+
+
+@lru_cache(maxsize=1)
+def _load_studio() -> Studio:
+    return Studio()
+
+
+@lru_cache(maxsize=1)
+def _load_captioner() -> Captioner:
+    return Captioner()
