@@ -8,6 +8,7 @@ SOURCES = {
     "cmu": "cmu.CmuPoses",
     "posescript": "posescript.PoseScript",
     "amass": "amass.AmassMotions",
+    "mocap": "mocap.MotionCapture",
     "bedlam": "bedlam.Bedlam",
     "llava": "llava.LlavaInstruct",
     "rpe-refined": "rpe_refined.RpeRefined",
