@@ -10,7 +10,8 @@ from conftest import ROOT
 from named_poses import ARMS_DOWN, POSES, make_pose
 
 from chatpose_hf.body import JOINT_NAMES, PARENTS, BodyModel
-from chatpose_hf.data.captions import STYLES, Captioner, Geometry, pose_codes, to_caption_frame
+from chatpose_hf.data.captions import STYLES, Captioner
+from chatpose_hf.data.pose_codes import Geometry, pose_codes, to_caption_frame
 from chatpose_hf.pose_files import turn_frame
 from chatpose_hf.rotations import rotmat_to_rotvec, rotvec_to_rotmat
 

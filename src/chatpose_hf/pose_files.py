@@ -15,6 +15,8 @@ from .rotations import geodesic_distance, rotmat_to_rotvec, rotvec_to_rotmat
 FRAMES = {"camera": 0.0, "y-up": 180.0, "z-up": 90.0}
 FRAME_RATE = 30.0  # of files that want one; the poses of a reply are no motion
 _NUM_AMASS_JOINTS = 52  # SMPL-H's: SMPL's first 22, then fingers
+# The sine of the angle between the hips' axis and the vertical under which the axis has no heading but rounding noise.
+_UPENDED = 1e-6
 
 
 def turn_frame(poses: Tensor, frame: str, inverse: bool = False) -> Tensor:
@@ -37,6 +39,29 @@ def turn_frame(poses: Tensor, frame: str, inverse: bool = False) -> Tensor:
     angle = np.radians(FRAMES[frame])
     turn = rotvec_to_rotmat(torch.tensor([-angle if inverse else angle, 0.0, 0.0], dtype=poses.dtype))
     return torch.cat([rotmat_to_rotvec(turn @ rotvec_to_rotmat(poses[..., :1, :])), poses[..., 1:, :]], dim=-2)
+
+
+def remove_yaw(poses: Tensor) -> Tensor:
+    """
+    Poses turned about the vertical, so that an upright person faces -y: PoseScript's and the original's normalisation.
+
+    Of the global orientation R_z(c) R_y(b) R_x(a) this leaves R_y(b) R_x(a): the hips' left points to +x, or up or down
+    from there. Where it points straight up or down (b = 90 degrees, lying on the side), c and a are not told apart: there
+    the head points to +y, as at b = 90 degrees and a = 0.
+
+    Args:
+        poses (`torch.Tensor` of shape `(..., J, 3)`): axis-angle in radians, AMASS's world (z up).
+
+    Returns:
+        `torch.Tensor` of shape `(..., J, 3)`: float64, z up.
+    """
+    poses = poses.double()
+    rotmat = rotvec_to_rotmat(poses[..., 0, :])
+    (left_x, left_y), (up_x, up_y) = rotmat[..., :2, 0].unbind(-1), rotmat[..., :2, 1].unbind(-1)
+    is_upended = torch.hypot(left_x, left_y) < _UPENDED
+    yaw = torch.where(is_upended, torch.atan2(-up_x, up_y), torch.atan2(left_y, left_x))
+    turn = rotvec_to_rotmat(torch.stack([torch.zeros_like(yaw), torch.zeros_like(yaw), -yaw], dim=-1))
+    return torch.cat([rotmat_to_rotvec(turn @ rotmat)[..., None, :], poses[..., 1:, :]], dim=-2)
 
 
 def poses_to_amass(poses: Tensor) -> dict[str, np.ndarray]:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..array_files import NpzFields, read_limited, value_errors_only
-from ..pose_files import FRAMES, turn_frame
-from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
+from ..pose_files import FRAMES, remove_yaw, turn_frame
 from .motion_folder import Motion, MotionFolder
 from .source import BODY_ONLY_MASK, inside
 
@@ -40,31 +38,6 @@ SUBSETS = (
 # How many joints there are, by the shape of an array `poses` less its length.
 _LAYOUTS = {(156,): 52, (165,): 55, (72,): 24, (24, 3): 24}
 _FRAME_RATES = ("mocap_framerate", "mocap_frame_rate")  # SMPL-H's files, SMPL-X's files
-# The sine of the angle between the hips' axis and the vertical under which the axis has no heading but rounding noise.
-_UPENDED = 1e-6
-
-
-def remove_yaw(poses: Tensor) -> Tensor:
-    """
-    Poses turned about the vertical, so that an upright person faces -y: PoseScript's and the original's normalisation.
-
-    Of the global orientation R_z(c) R_y(b) R_x(a) this leaves R_y(b) R_x(a): the hips' left points to +x, or up or down
-    from there. Where it points straight up or down (b = 90 degrees, lying on the side), c and a are not told apart: there
-    the head points to +y, as at b = 90 degrees and a = 0.
-
-    Args:
-        poses (`torch.Tensor` of shape `(..., J, 3)`): axis-angle in radians, AMASS's world (z up).
-
-    Returns:
-        `torch.Tensor` of shape `(..., J, 3)`: float64, z up.
-    """
-    poses = poses.double()
-    rotmat = rotvec_to_rotmat(poses[..., 0, :])
-    (left_x, left_y), (up_x, up_y) = rotmat[..., :2, 0].unbind(-1), rotmat[..., :2, 1].unbind(-1)
-    is_upended = torch.hypot(left_x, left_y) < _UPENDED
-    yaw = torch.where(is_upended, torch.atan2(-up_x, up_y), torch.atan2(left_y, left_x))
-    turn = rotvec_to_rotmat(torch.stack([torch.zeros_like(yaw), torch.zeros_like(yaw), -yaw], dim=-1))
-    return torch.cat([rotmat_to_rotvec(turn @ rotmat)[..., None, :], poses[..., 1:, :]], dim=-2)
 
 
 def face_camera(poses: np.ndarray, frame: str = "z-up") -> np.ndarray:
