@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from chatpose_hf.data.amass import AmassMotions, face_camera, find_motion
-from chatpose_hf.pose_files import remove_yaw
 from chatpose_hf.data.prepare import prepare_rows
 from chatpose_hf.data.rows import load_rows, validate_row
+from chatpose_hf.pose_files import remove_yaw
 
 
 HALF_PI = np.pi / 2

@@ -14,6 +14,7 @@ import math
 import operator
 import pickletools
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ MAX_BYTES = 2**30
 # A body model has some hundreds. Bounds the time, and the memory of a file full of one-byte `[`.
 _MAX_OPCODES = 1_000_000
 _MAX_DEPTH = 50
+_MAX_TEXTS = 10_000_000  # each becomes an object of Python's
 _MAX_INTEGER_BITS = 128  # so that a product of sizes stays cheap
 
 
@@ -73,6 +75,26 @@ class NpzFields:
         self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
 
     def read(self, name: str) -> np.ndarray:
+        """An array of numbers, read-only."""
+        return self._read(name, "biuf", "numbers")
+
+    def read_texts(self, name: str) -> list[str]:
+        """An array of shape (N,) of texts, or of bytes that are UTF-8."""
+        array = self._read(name, "SU", "texts")
+        # Texts of length 0 take no bytes, however many of them a file announces.
+        if array.ndim != 1 or array.dtype.itemsize == 0 or array.size > _MAX_TEXTS:
+            raise ValueError(
+                f"expected `{name}` of shape (N,), at most {_MAX_TEXTS} texts, got `{array.dtype}` of {array.shape}"
+            )
+        if array.dtype.kind == "S":
+            return [text.decode("utf-8") for text in array.tolist()]
+        # numpy makes strings of any number, also of those that are no character.
+        codes = np.ndarray(array.nbytes // 4, array.dtype.byteorder + "u4", buffer=array.data)
+        if array.size and codes.max() > sys.maxunicode:
+            raise ValueError(f"expected texts in `{name}`, got numbers that are no characters")
+        return array.tolist()
+
+    def _read(self, name: str, kinds: str, what: str) -> np.ndarray:
         member = self._zip.getinfo(f"{name}.npy")
         self._bytes_left -= member.file_size
         if self._bytes_left < 0:
@@ -83,9 +105,9 @@ class NpzFields:
         if version not in readers:
             raise ValueError(f"expected `{name}` in npy format 1.0 or 2.0, got {version}")
         shape, is_fortran, dtype = readers[version](raw)
-        if dtype.kind not in "biuf":
+        if dtype.kind not in kinds:
             raise ValueError(
-                f"`{name}` is an array of type `{dtype}`, not of numbers, and objects in it would be a pickle"
+                f"`{name}` is an array of type `{dtype}`, not of {what}, and objects in it would be a pickle"
             )
         return _array_from_bytes(raw.read(), dtype, shape, is_fortran)
 

@@ -3,7 +3,6 @@
 import glob
 import io
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,7 +165,7 @@ def _group_people(path: Path, fields: NpzFields) -> dict[str, list[int]]:
     """The people of each picture, in the file's order of pictures."""
     try:
         with value_errors_only(f"`{path}`"):
-            names = _as_texts(fields.read("imgname"))
+            names = fields.read_texts("imgname")
     except ValueError as error:
         raise ValueError(
             f"{error}; where you trust the file and `imgname` holds Python objects, load it with `numpy.load(FILE, "
@@ -176,15 +175,3 @@ def _group_people(path: Path, fields: NpzFields) -> dict[str, list[int]]:
     for index, name in enumerate(names):
         people.setdefault(name, []).append(index)
     return people
-
-
-def _as_texts(array: np.ndarray) -> list[str]:
-    # Texts of no length take no bytes, however many of them a file announces.
-    if array.ndim != 1 or array.dtype.kind not in "SU" or array.dtype.itemsize == 0:
-        raise ValueError(f"expected names of pictures of shape (N,), got `{array.dtype}` of shape {array.shape}")
-    if array.dtype.kind == "S":
-        return np.char.decode(array, "utf-8").tolist()
-    # numpy makes strings of any number, also of those that are no character.
-    if len(array) and array.astype(array.dtype.newbyteorder("=")).view(np.uint32).max() > sys.maxunicode:
-        raise ValueError("expected names of pictures, got what is no text")
-    return array.tolist()
