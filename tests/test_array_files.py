@@ -1,8 +1,10 @@
-"""Pickles of arrays: what is read, and that nothing of a hostile one runs."""
+"""Pickles and npz files of arrays: what is read, and that nothing of a hostile one runs."""
 
+import io
 import pickle
 import struct
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from make_smpl_files import imitate, imitated_chumpy
 
 from chatpose_hf import array_files
-from chatpose_hf.array_files import load_array_pickle
+from chatpose_hf.array_files import NpzFields, load_array_pickle
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -226,3 +228,62 @@ def test_a_big_array_asked_for_many_times_runs_out_of_the_limit(monkeypatch):
     content = b"(" + array + b"q\x010" + dumps_array((1000,), bytes(8000), "i8") + b"q\x020" + select * 100 + b"l."
     with pytest.raises(ValueError, match="take more than"):
         load_array_pickle(content)
+
+
+def zipped(array, header=None):
+    """An npz with the array `a`, under another header if one is given."""
+    npy = io.BytesIO()
+    np.save(npy, array)
+    content = npy.getvalue()
+    if header is not None:
+        text = f"{header}\n".encode().rjust(118)
+        content = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text + content[128:]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", content)
+    return NpzFields(file.getvalue())
+
+
+@pytest.mark.parametrize("dtype", ["<U12", ">U12", "S12"])
+def test_texts_of_an_npz_come_back_as_they_are(dtype):
+    texts = ["image_0.jpg", "", "plain"]
+    assert zipped(np.array(texts, dtype)).read_texts("a") == texts
+    assert zipped(np.array([], dtype)).read_texts("a") == []
+    accented = np.array(["é€"]) if "U" in dtype else np.array(["é€".encode()])
+    assert zipped(accented).read_texts("a") == ["é€"]
+
+
+@pytest.mark.parametrize(
+    ("array", "header", "match"),
+    [
+        (np.array([b"\xff"]), None, "utf-8"),
+        (np.array([["a"]]), None, r"`a` of shape \(N,\).*\(1, 1\)"),
+        (np.array("a"), None, r"`a` of shape \(N,\)"),
+        (np.array([1.0]), None, "not of texts"),
+        (np.array(["a", None]), None, "not of texts"),
+        (np.array([0x110000], np.uint32).view("U1"), None, "no characters"),
+        (np.array([]), {"descr": "<U0", "fortran_order": False, "shape": (2**40,)}, r"`a` of shape \(N,\)"),
+        (np.array(["a"]), {"descr": "<U1", "fortran_order": False, "shape": (2**40,)}, "announces shape"),
+        (np.zeros(1), {"descr": "<U2147483", "fortran_order": False, "shape": (1,)}, "announces shape"),
+    ],
+)
+def test_texts_of_an_npz_that_are_none_are_refused(array, header, match):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match):
+            zipped(array, header).read_texts("a")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_of_an_npz_are_no_numbers():
+    with pytest.raises(ValueError, match="not of numbers"):
+        zipped(np.array(["1.0"])).read("a")
+
+
+def test_texts_of_an_npz_are_limited_in_number(monkeypatch):
+    monkeypatch.setattr(array_files, "_MAX_TEXTS", 2)
+    assert zipped(np.array(["a", "b"])).read_texts("a") == ["a", "b"]
+    with pytest.raises(ValueError, match="at most 2 texts"):
+        zipped(np.array(["a", "b", "c"])).read_texts("a")

@@ -286,7 +286,7 @@ def on_knee(person, side):
 def on_leg(person, side):
     other = other_side(side)
     return (
-        person.bend(f"{side} knee") > 140
+        person.bend(f"{side} knee") > 135
         and person.height(f"{side} foot") <= 0.1 + TOL
         and person.height(f"{other} foot") > 0.2 - TOL
         and person.at["pelvis"][1] - person.at[f"{side} ankle"][1] > 0.6
@@ -320,8 +320,8 @@ def squats(person, side):
 
 def sits(person, side):
     return (
-        55 < person.bend(f"{side} knee") < 130
-        and abs(person.direction(f"{side} thigh")[1]) < 0.51
+        45 < person.bend(f"{side} knee") < 125
+        and abs(person.direction(f"{side} thigh")[1]) < 0.65
         and person.at[f"{side} knee"][2] > person.at[f"{side} hip"][2]
         and person.at[f"{side} ankle"][1] < person.at[f"{side} knee"][1] - 0.2
         and person.tilt < 45
@@ -442,11 +442,7 @@ ENGLISH = [
     (r"(?:sitting|seated) on the ground", lambda p, *_: p.height("pelvis") < 0.2 + TOL and p.tilt < 50),
     (
         r"on all fours|on hands and knees",
-        both(
-            lambda p, s: (
-                p.height(f"{s} knee") <= 0.1 + TOL and p.height(f"{s} hand") <= 0.1 + TOL and p.front[1] < -0.3
-            )
-        ),
+        both(lambda p, s: p.height(f"{s} knee") < 0.15 and p.height(f"{s} hand") <= 0.1 + TOL and p.front[1] < -0.3),
     ),
     (rf"lying on {D}back|lying face up", lies("front", 1)),
     (rf"lying on {D}stomach|lying face down", lies("front", -1)),
@@ -726,6 +722,31 @@ def test_captions_of_named_poses_are_true(captioner, rest_joints, name):
     for key in range(5):
         for caption in captioner.captions(pose[None], [key])[0]:
             assert not false_claims(Person(pose, rest_joints), caption), caption
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("T-pose", r"standing.*arms .*out to the sides"),
+        ("arms up", r"standing.*arms .*overhead"),
+        ("left arm raised", r"standing.*left arm .*overhead"),
+        ("right arm forward", r"standing.*right arm .*(forward|in front)"),
+        ("sitting", r"(sitting|seated) position"),
+        ("sitting cross-legged", r"(sitting|seated) on the ground"),
+        ("kneeling on the right knee", r"(kneeling|down) on (the|his|her|their) right knee"),
+        ("kneeling on both knees", r"kneeling"),
+        ("squatting, arms forward", r"squat.*arms .*(forward|in front)"),
+        ("bowing", r"(leaning|tilted|bent (far|over)) forward"),
+        ("standing on the left leg", r"on (the|his|her|their) left leg"),
+        ("head turned to the left", r"head .*turned to the left"),
+        ("lying on the back", r"lying (face up|on (the|his|her|their) back)"),
+    ],
+)
+def test_captions_of_named_poses_say_what_their_names_say(captioner, name, words):
+    """Long ones, of several keys: what is rare is never left out, what is not is left out now and then."""
+    captions = [captioner.captions(make_pose(POSES[name])[None], [key], ["full"])[0][0].lower() for key in range(8)]
+    said = sum(bool(re.search(words, caption)) for caption in captions)
+    assert said >= 4, captions
 
 
 @pytest.mark.parametrize(

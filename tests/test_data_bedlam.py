@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chatpose_hf.data import bedlam
 from chatpose_hf.data.bedlam import Bedlam
 from chatpose_hf.data.rows import validate_row
 
@@ -113,6 +114,58 @@ def test_closeup_when_lying_on_its_side_then_is_turned_clockwise(tmp_path):
     pixels = np.asarray(picture(rows[0]), dtype=int)
     assert pixels[4, 16, 0] > 200
     assert pixels[27, 16, 2] > 200
+
+
+def test_closeup_when_upright_already_then_stays(tmp_path):
+    write_labels(tmp_path, CLOSEUP, labels([FIRST], center=np.array([[45.0, 80.0]]), scale=np.array([60 / 200])))
+    upright = Image.new("RGB", (90, 160), (0, 0, 255))
+    upright.paste((255, 0, 0), (0, 0, 90, 80))
+    write_image(tmp_path, CLOSEUP, FIRST, upright)
+    pixels = np.asarray(picture(read(tmp_path)[0][0]), dtype=int)
+    assert pixels[4, 16, 0] > 200
+    assert pixels[27, 16, 2] > 200
+
+
+def test_parts_when_people_of_a_picture_are_far_apart_then_it_is_opened_once(tmp_path, monkeypatch):
+    """The files have one person's whole sequence after another's."""
+    monkeypatch.setattr(bedlam, "_IMAGES_PER_PART", 2)
+    names = [f"seq_000000/seq_000000_{frame:04d}.png" for frame in (0, 5, 10, 15, 20)]
+    write_labels(tmp_path, SCENE, labels([*names, *names[1:]]))
+    write_labels(tmp_path, CLOSEUP, labels(np.array([name.encode() for name in names[:1]])))
+    for name in names:
+        write_image(tmp_path, SCENE, name)
+    write_image(tmp_path, CLOSEUP, names[0])
+    opened = []
+    monkeypatch.setattr(bedlam, "open_image", lambda path: opened.append(path) or Image.open(path))
+    source = Bedlam(tmp_path, image_size=32)
+    parts = [f"train/{SCENE}-0000", f"train/{SCENE}-0001", f"train/{SCENE}-0002", f"train/{CLOSEUP}-0000"]
+    assert source.parts() == parts
+    people = [[int(row["id"].rsplit("/", 1)[1]) for row in source.rows(part)] for part in parts]
+    assert people == [[0, 1, 5], [2, 6, 3, 7], [4, 8], [0]]
+    assert len(opened) == 6
+    assert [int(row["id"].rsplit("/", 1)[1]) for row in Bedlam(tmp_path, image_size=32).rows(parts[1])] == people[1]
+
+
+def test_parts_when_a_file_is_damaged_then_the_others_are_read(tree):
+    path = write_labels(tree, CLOSEUP, labels([FIRST]))
+    path.write_bytes(path.read_bytes()[:1000])
+    source = Bedlam(tree, image_size=32)
+    assert source.parts() == [f"train/{SCENE}-0000", f"train/{CLOSEUP}-0000"]
+    assert len(list(source.rows(f"train/{SCENE}-0000"))) == 3
+    with pytest.raises(ValueError, match=path.name):
+        list(source.rows(f"train/{CLOSEUP}-0000"))
+
+
+@pytest.mark.parametrize("place", ["", "images/"])
+def test_rows_when_the_folder_is_laid_out_otherwise_then_labels_and_pictures_are_found(place, tmp_path):
+    np.savez(tmp_path / f"{SCENE}.npz", **labels([FIRST]))
+    np.savez(tmp_path / "agora-bfh.npz", **labels([FIRST]))  # another data set's
+    path = tmp_path / place / SCENE / "png" / FIRST
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (160, 90)).save(path)
+    rows, source = read(tmp_path)
+    assert [row["id"] for row in rows] == [f"{SCENE}/{FIRST}/0"]
+    assert source.parts() == [f"train/{SCENE}-0000"]
 
 
 def test_split_when_the_folder_is_of_validation_then_is_val(tree):

@@ -204,7 +204,7 @@ def test_source_when_the_folder_is_none_then_says_so(tmp_path):
 def test_every_source_has_a_reader_with_a_name_and_a_licence(name):
     cls = find_source(name)
     assert issubclass(cls, Source)
-    assert cls.name
+    assert cls.name == name
     assert cls.licence
 
 
@@ -240,3 +240,11 @@ def test_command_when_the_source_is_unknown_then_lists_the_known(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["data", "coco", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
     assert "posescript" in capsys.readouterr().err
+
+
+def test_command_when_an_option_is_not_the_sources_then_says_so(tmp_path, capsys):
+    arguments = ["data", "cmu", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--image-size", "64"]) == 1
+    assert "expected no `--image-size` for cmu" in capsys.readouterr().err
+    assert main([*arguments, "--endpoint-model", "x"]) == 1
+    assert "`--endpoint` and `--endpoint-model` together" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from chatpose_hf.render import (
     _Projected,
     _rasterize,
     contact_sheet,
+    draw_bodies,
     overlay_bodies,
     render_bodies,
     vertex_normals,
@@ -171,6 +172,46 @@ def test_overlay_fills_the_box_and_keeps_the_rest(body):
     np.testing.assert_allclose(half, (full + np.asarray(photo)) / 2, atol=2)
     # partly outside is no error
     overlay_bodies(photo, vertices, body.faces, box=(-500, -500, 100, 100))
+
+
+# A square of 1 m with a corner on the camera's axis, its front towards the camera (y points down)
+SQUARE = np.array([[0, 0, 2], [1, 0, 2], [1, 1, 2], [0, 1, 2]], dtype=np.float32)
+SQUARE_FACES = np.array([[0, 2, 1], [0, 3, 2]])
+
+
+def draw_squares(*depths, colors, light=(0, 0, -1), ambient=1.0):
+    squares = np.stack([SQUARE * [1, 1, 0] + [0, 0, depth] for depth in depths])
+    background = np.full((50, 60, 3), 77, dtype=np.uint8)
+    vertex_colors = np.repeat(np.array(colors, dtype=float)[:, None], 4, axis=1)
+    return draw_bodies(background, squares, SQUARE_FACES, vertex_colors, 40, (10, 20), light, ambient)
+
+
+def test_draw_bodies_when_a_square_is_two_metres_away_then_it_is_where_the_pinhole_has_it():
+    picture, shown = draw_squares(2, colors=[(1, 0, 0)])
+    inside = np.zeros((50, 60), dtype=bool)
+    inside[20:40, 10:30] = True  # from (10, 20), 40 pixels of focal length times 1 m / 2 m
+    assert ((shown >= 0) == inside).all()
+    np.testing.assert_allclose(picture[inside], [[255, 0, 0]] * inside.sum(), atol=1)
+    assert (picture[~inside] == 77).all()
+
+
+def test_draw_bodies_when_one_is_before_another_then_hides_it_in_any_order():
+    for depths, near in (((2, 4), 0), ((4, 2), 1)):
+        picture, shown = draw_squares(*depths, colors=[(1, 0, 0), (0, 1, 0)])
+        assert (shown[20:40, 10:30] // 4 == near).all()
+        assert picture[30, 20] == pytest.approx([[255, 0, 0], [0, 255, 0]][near], abs=1)
+
+
+def test_draw_bodies_when_lit_from_behind_then_only_the_ambient_share_is_left():
+    """Light adds up before the gamma."""
+    for light, ambient, wanted in (((0, 0, -3), 0.3, 1), ((0, 0, 1), 0.3, 0.3), ((0, -1, -1), 0, np.sqrt(0.5))):
+        picture, _ = draw_squares(2, colors=[(1, 1, 1)], light=light, ambient=ambient)
+        assert picture[30, 20] == pytest.approx(255 * wanted ** (1 / 2.2), abs=1)
+
+
+def test_draw_bodies_when_a_vertex_is_behind_the_camera_then_says_so():
+    with pytest.raises(ValueError, match="expected all vertices before the camera"):
+        draw_squares(0, colors=[(1, 0, 0)])
 
 
 def test_contact_sheet_has_a_tile_and_a_caption_for_each():

@@ -78,6 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--limit", type=int, metavar="N", help="stop after N rows")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default: 0)")
+    data.add_argument(
+        "--image-size", type=int, metavar="N", help="pixels of crops and renders (default: the source's)"
+    )
+    data.add_argument("--frame", help="of motions that do not say: camera, y-up, z-up")
+    data.add_argument("--endpoint", metavar="URL", help="a language model for spg and rpe; its key: OPENAI_API_KEY")
+    data.add_argument("--endpoint-model", metavar="NAME", help="the model's name there")
     data.set_defaults(run=_data)
 
     convert_smpl = commands.add_parser(
@@ -314,6 +320,27 @@ def _app(options) -> None:
     )
 
 
+def _source_options(options) -> dict:
+    """What was given beside input and seed, and the source takes."""
+    from inspect import signature
+
+    from .data import find_source
+
+    given = {"image_size": options.image_size, "frame": options.frame, "endpoint": options.endpoint}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - signature(find_source(options.source)).parameters:
+        raise ValueError(f"expected no `--{name.replace('_', '-')}` for {options.source}")
+    if (options.endpoint is None) != (options.endpoint_model is None):
+        raise ValueError("expected `--endpoint` and `--endpoint-model` together")
+    if options.endpoint:
+        from .data.endpoint import Endpoint
+
+        given["endpoint"] = Endpoint(
+            options.endpoint, options.endpoint_model, cache=Path(options.output) / "answers.jsonl"
+        )
+    return given
+
+
 def _data(options) -> int:
     """
     Reads a data set as downloaded and writes it as rows: Parquet files, a card, counts, a sheet of 16 of them. Goes on
@@ -323,7 +350,7 @@ def _data(options) -> int:
     from .data.prepare import merge_counts, prepare_rows
 
     _check_output(options.output)
-    source = find_source(options.source)(options.input, seed=options.seed)
+    source = find_source(options.source)(options.input, seed=options.seed, **_source_options(options))
     records = prepare_rows(source, options.output, options.limit, options.workers)
     errors = [record for record in records if record.error]
     print(f"{'split':<12}{'rows':>10}{'poses':>10}  tasks")
@@ -334,6 +361,10 @@ def _data(options) -> int:
     for reason, count in merge_counts([record.skipped for record in records]).items():
         names = next(record.examples[reason] for record in records if reason in record.examples)
         print(f"{'skipped':<12}{count:>10}            {reason} ({names[0]}{', ...' if count > 1 else ''})")
+    if options.source == "rpe":
+        from .data.rpe import write_review_folder
+
+        print(f"to review: {write_review_folder(options.output, options.input)}")
     print(f"wrote {options.output}")
     for record in errors:
         print(f"chatpose: {record.part} was not read: {record.error}", file=sys.stderr)

@@ -56,7 +56,8 @@ def crop_person(image, box: Sequence[float], size: int):
     left, top = (left + right - side) / 2, (top + bottom - side) / 2
     corner = math.floor(left), math.floor(top)
     # `crop` takes whole pixels and adds the black; `resize` takes the fraction.
-    around = image.convert("RGB").crop((*corner, math.ceil(left + side), math.ceil(top + side)))
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    around = rgb.crop((*corner, math.ceil(left + side), math.ceil(top + side)))
     inner = (left - corner[0], top - corner[1], left - corner[0] + side, top - corner[1] + side)
     # Rounding may lead out of the picture by an ulp, which `resize` refuses.
     inner = (inner[0], inner[1], min(inner[2], around.width), min(inner[3], around.height))

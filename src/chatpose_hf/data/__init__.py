@@ -9,10 +9,15 @@ SOURCES = {
     "posescript": "posescript.PoseScript",
     "amass": "amass.AmassMotions",
     "mocap": "mocap.MotionCapture",
+    "hmr2": "hmr2.Hmr2Training",
+    "hmr2-evaluation": "hmr2_evaluation.Hmr2Evaluation",
+    "3dpw": "threedpw.ThreeDPW",
     "bedlam": "bedlam.Bedlam",
     "llava": "llava.LlavaInstruct",
     "rpe-refined": "rpe_refined.RpeRefined",
     "synthetic": "synthetic.SyntheticPeople",
+    "spg": "spg.Spg",
+    "rpe": "rpe.Rpe",
 }
 
 

@@ -102,10 +102,8 @@ class Bedlam(Source):
         num_joints = _JOINTS_OF[len(pose_cam)]
         pose = np.zeros((NUM_JOINTS, 3), np.float32)
         pose[:num_joints] = pose_cam[: 3 * num_joints].reshape(num_joints, 3)
-        buffer = io.BytesIO()
-        crop.save(buffer, "JPEG", quality=95, subsampling=0)
         mask = BODY_ONLY_MASK if num_joints < NUM_JOINTS else None
-        return self.make_row(id, "pose_estimation", [pose], images=[buffer.getvalue()], pose_mask=mask)
+        return self.make_row(id, "pose_estimation", [pose], images=[crop], pose_mask=mask)
 
     def _find_labels(self) -> dict[str, Path]:
         """The file of each scene."""

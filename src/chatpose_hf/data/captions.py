@@ -101,9 +101,10 @@ _WORDINGS: dict[str, tuple[str, ...]] = {
     "spread": ("spread wide to the sides", "planted wide apart sideways"),
     "higher than": ("higher than {o}", "above the level of {o}"),
     "lower than": ("lower than {o}", "below the level of {o}"),
-    "above": ("above {o}", "above {h} height"),
+    "above": ("higher than {o}", "above {h} height"),
+    "above|shoulder": ("above {o}", "above {h} height"),
     "above|head": ("above {d} head", "raised above {d} head", "raised above head height"),
-    "below": ("below {o}", "below {h} height"),
+    "below": ("lower than {o}", "below {h} height"),
     "level with": ("level with {o}", "at {h} height"),
     "in front of": ("in front of {o}", "ahead of {o}", "further forward than {o}"),
     "in front of|hand": ("ahead of {o}", "further forward than {o}"),
@@ -193,6 +194,7 @@ _VOICES = (
 )
 # Facts told at most
 STYLES = {"terse": 3, "plain": 5, "full": 9, "chatty": 6}
+_TELLING = 4
 _SKIP = 0.15
 _MERGE = 0.95
 _MIRRORED_JOINTS = [
@@ -316,7 +318,9 @@ def _swap_sides(text: str) -> str:
 def _write(codes: list[PoseCode], style: str, rng: random.Random) -> str:
     codes = [code for code in codes if code.priority >= RARE or rng.random() >= _SKIP] or codes
     codes = _prune_transitive(_merge_sides(_merge_limbs(_prune_redundant(codes), rng), rng))
-    ranked = sorted(codes, key=lambda code: code.priority + 3 * rng.random(), reverse=True)[: STYLES[style]]
+    ranked = sorted(codes, key=lambda code: code.priority + 2 * rng.random(), reverse=True)[: STYLES[style]]
+    # What is next to nothing fills up a short caption, not a long one.
+    ranked = [code for rank, code in enumerate(ranked) if rank < _TELLING or code.priority > 1]
     ordered = _walk([_invert(code) if rng.random() < 0.5 else code for code in ranked], rng)
     voice = rng.choices(_VOICES, [voice.weight for voice in _VOICES])[0]
     return {"terse": _write_terse, "plain": _write_plain, "full": _write_full, "chatty": _write_chatty}[style](
@@ -473,7 +477,9 @@ def _make_clauses(codes: list[PoseCode], voice: _Voice, rng: random.Random, grou
         if alike and not code.part2 and code.part1 not in ("body", "feet", "hands") and rng.random() < _MERGE:
             other = alike[0]
             codes.remove(other)
-            clauses.append(_Clause((code.part1, other.part1), (predicate,)))
+            both = (f"both {plural(without_side(code.part1))}",)
+            parts = both if is_pair(code.part1, other.part1) else (code.part1, other.part1)
+            clauses.append(_Clause(parts, (predicate,)))
         elif of_part and grouped and rng.random() < _MERGE:
             for other in of_part:
                 codes.remove(other)

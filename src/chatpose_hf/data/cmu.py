@@ -1,6 +1,7 @@
 """Poses from CMU's motion capture as this project keeps them: npz and jsonl, with some sentences written by hand."""
 
 from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ class CmuPoses(Source):
         poses = turn_frame(torch.from_numpy(upright.astype(np.float64)), "y-up").float()
         written = self._written_captions()
         ids = [str(record.get("id")) for record in records]
+        is_finite = torch.isfinite(poses).flatten(1).all(1).tolist()
+        for id, finite in zip(ids, is_finite, strict=True):
+            if not finite:
+                self.skip("`poses`: expected finite numbers", id)
+        ids = list(compress(ids, is_finite))
+        poses = poses[is_finite]
         geometry = Captioner().captions(poses, [f"{self.seed}/{id}" for id in ids])
         for id, pose, automatic in zip(ids, poses.numpy(), geometry, strict=True):
             texts = [("geometry", text) for text in automatic]

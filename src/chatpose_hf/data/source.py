@@ -1,5 +1,6 @@
 """What a reader is: a data set as the user downloaded it, read part by part into rows."""
 
+import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 from .prompts import draw_messages
 from .rows import NUM_JOINTS, RowError, validate_row
@@ -95,7 +97,7 @@ class Source(ABC):
         task: str,
         poses: Sequence = (),
         captions: Sequence[tuple[str, str]] = (),
-        images: Sequence[bytes] = (),
+        images: Sequence[bytes | Image.Image] = (),
         pose_mask: Sequence[bool] | None = None,
         messages: list[dict] | None = None,
     ) -> dict:
@@ -107,7 +109,7 @@ class Source(ABC):
             task (`str`): one of `rows.TASKS`.
             poses (`Sequence` of shape `(24, 3)`, *optional*): axis-angle, camera frame.
             captions (`Sequence[tuple[str, str]]`, *optional*): kind and text of each; see `prompts.draw_messages`.
-            images (`Sequence[bytes]`, *optional*): encoded pictures.
+            images (`Sequence[bytes | PIL.Image.Image]`, *optional*): as the file has them, or drawn and cropped ones.
             pose_mask (`Sequence[bool]`, *optional*): of all poses alike; every joint by default.
             messages (`list[dict]`, *optional*): drawn from the task and the captions by default.
         """
@@ -120,12 +122,20 @@ class Source(ABC):
             "source": self.name,
             "task": task,
             "messages": messages,
-            "images": [{"bytes": image, "path": None} for image in images],
+            "images": [
+                {"bytes": image if isinstance(image, bytes) else _encode(image), "path": None} for image in images
+            ],
             "poses": [np.asarray(pose) for pose in poses],
             "pose_mask": [list(mask) for _ in poses],
             "captions": texts,
             "licence": self.licence,
         }
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
 
 
 def load_json(path: str | Path) -> object:

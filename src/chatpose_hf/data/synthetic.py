@@ -1,7 +1,7 @@
 """Synthetic people: poses in, rendered pictures of clothed bodies with exact labels out."""
 
-import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +20,19 @@ from .source import Source
 
 
 _PICTURES_PER_PART = 500
+_BATCH = 50  # pictures whose poses are captioned at a time
 _VAL_EVERY = 20  # one part in so many is of the split val
 _PEOPLE_IN_GROUP = (2, 2, 3, 3, 4)
 _GROUP_SHARE = 0.1
 _EVERYBODY_SHARE = 0.3  # of the groups that are asked for all
 _CELL = 0.028  # metres: the default body keeps some 2,500 of its 13,718 vertices, and its fingers
 _NOISE = 0.12  # radians, of each axis of a joint
-_NOISE_SHARE, _RECOMBINED_SHARE, _OCCLUDED_SHARE, _BLURRED_SHARE = 0.5, 0.3, 0.25, 0.3
+_NOISE_SHARE, _RECOMBINED_SHARE, _OCCLUDED_SHARE, _BLURRED_SHARE, _BALD_SHARE = 0.5, 0.3, 0.25, 0.3, 0.08
 _MAX_OCCLUSION = 0.3  # of the person's pixels
 _LOWER_BODY = (1, 2, 4, 5, 7, 8, 10, 11)
-# Beyond what the given poses show: how far a knee or an elbow may be overstretched or twisted, radians about x, y, z.
-_HINGES = {4: (-0.1, 2.6), 5: (-0.1, 2.6)}
+# Whatever the given poses show: how far the noise may bend a knee (about x) or an elbow (about y), joint: (axis, low, high).
+_HINGES = {4: (0, -0.1, 2.6), 5: (0, -0.1, 2.6), 18: (1, -2.6, 0.1), 19: (1, -0.1, 2.6)}
+_PITCH = (-10, 35)  # degrees that the camera looks down
 # Far enough apart to be told by name in any light.
 COLORS = {
     "red": (190, 30, 35),
@@ -43,7 +45,11 @@ COLORS = {
     "white": (238, 238, 235),
     "black": (28, 28, 32),
 }
+_BRIGHTNESS_JITTER, _TINT_JITTER = 14, 4  # little tint: black would become navy, white mint
 HAIR_COLORS = {"black": (25, 22, 22), "brown": (92, 58, 36), "blond": (215, 180, 110), "grey": (150, 150, 150)}
+# Hair that is like the skin cannot be told from a bald head.
+_HAIR_CONTRAST = 60
+_SEEN = 2e-4  # of the picture's pixels must show what a phrase is about
 _SKIN_COLORS = ((255, 219, 190), (236, 188, 150), (205, 150, 110), (160, 105, 70), (105, 66, 45), (70, 45, 34))
 _SHOE_COLORS = ((40, 40, 42), (225, 225, 222), (95, 65, 45), (120, 120, 125))
 _TOPS = {"T-shirt": False, "long-sleeved shirt": True}
@@ -91,8 +97,11 @@ class _Look(NamedTuple):
     bottom: str
     bottom_color: str
     hair_color: str | None
-    skin: tuple[int, int, int]
-    shoes: tuple[int, int, int]
+    # sRGB, 0 to 255
+    top_rgb: np.ndarray
+    bottom_rgb: np.ndarray
+    skin_rgb: np.ndarray
+    shoes_rgb: np.ndarray
 
 
 def decimate(body: BodyModel, cell: float = _CELL) -> BodyModel:
@@ -130,7 +139,8 @@ class PoseSampler:
     """
     New poses from given ones: a heading of their own, noise that stays inside the joints' limits, and the upper body of one
     with the lower body of another. The limits of a joint's three numbers are what 99 % of the given poses keep to; a pose
-    that is beyond them already is not brought back, and not led farther out.
+    that is beyond them already is not brought back, and not led farther out. Heading is about the camera's vertical: people
+    who stood upright before a level camera still do, those of a tilted camera lean.
 
     Args:
         poses (`np.ndarray` of shape `(N, 24, 3)`): axis-angle in radians, camera frame.
@@ -144,16 +154,16 @@ class PoseSampler:
             )
         if not np.isfinite(poses).all():
             raise ValueError("expected finite poses, got NaN or infinity; leave those poses out")
-        self._poses, self._masks = poses.astype(np.float64), masks.astype(bool)
-        self.low, self.high = np.quantile(self._poses, [0.005, 0.995], axis=0)
-        for joint, (low, high) in _HINGES.items():
-            self.low[joint, 0] = max(self.low[joint, 0], low)
-            self.high[joint, 0] = min(self.high[joint, 0], high)
+        self._poses, self._masks = poses, masks.astype(bool)
+        self.low, self.high = np.quantile(poses, [0.005, 0.995], axis=0)
+        for joint, (axis, low, high) in _HINGES.items():
+            self.low[joint, axis] = max(self.low[joint, axis], low)
+            self.high[joint, axis] = min(self.high[joint, axis], high)
 
     def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A pose `(24, 3)` in the camera frame, and its mask `(24,)`."""
         index = rng.integers(len(self._poses))
-        pose, mask = self._poses[index].copy(), self._masks[index].copy()
+        pose, mask = self._poses[index].astype(np.float64), self._masks[index].copy()
         if rng.random() < _RECOMBINED_SHARE:
             other = rng.integers(len(self._poses))
             pose[list(_LOWER_BODY)] = self._poses[other, list(_LOWER_BODY)]
@@ -163,6 +173,17 @@ class PoseSampler:
             noise[0] = 0
             pose = np.clip(pose + noise, np.minimum(pose, self.low), np.maximum(pose, self.high))
         return turn(pose[None], _rotation(1, rng.uniform(-np.pi, np.pi)))[0], mask
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A product of matrices is rounded otherwise by other numbers of threads; pictures are to repeat byte by byte."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def turn(poses: np.ndarray, rotmat: np.ndarray) -> np.ndarray:
@@ -184,6 +205,7 @@ class Studio:
         self._faces = self.body.faces.numpy()
         self._parts = _body_parts(self.body)
 
+    @_one_thread()
     def draw(self, poses: np.ndarray, rng: np.random.Generator, size: int) -> Scene:
         """
         A picture of people on one floor; one alone fills it as a person crop does.
@@ -202,7 +224,7 @@ class Studio:
         with torch.no_grad():
             level = self.body.vertices(torch.from_numpy(poses).float()).double().numpy()
         level = _place(level, rng)
-        camera = _rotation(2, rng.normal(0, np.radians(3))) @ _rotation(0, rng.uniform(*np.radians([-8, 30])))
+        camera = _rotation(2, rng.normal(0, np.radians(3))) @ _rotation(0, rng.uniform(*np.radians(_PITCH)))
         vertices = level @ camera.T
         # The nearer the camera, the stronger the perspective.
         points = vertices.reshape(-1, 3)
@@ -225,13 +247,14 @@ class Studio:
         background = _draw_background(rng, size)
         colors = np.stack([self._colors(look) for look in looks])
         light = camera @ np.array([rng.uniform(-1, 1), -rng.uniform(0.4, 1.2), -rng.uniform(0.1, 1)])
-        pixels, owners = draw_bodies(
+        pixels, shown = draw_bodies(
             background, vertices, self._faces, colors, focal, tuple(center), light, ambient=rng.uniform(0.35, 0.6)
         )
+        owners = shown // vertices.shape[1]  # -1 stays
         pixels, owners = _occlude(pixels, owners, rng)
         boxes = np.concatenate([planes.min(1), planes.max(1)], axis=1) * focal + np.tile(center, 2)
         labels = turn(poses.astype(np.float64), camera)
-        phrases = _make_phrases(looks, boxes, vertices[..., 2].mean(1))
+        phrases = _make_phrases(looks, boxes, vertices[..., 2].mean(1), self._seen_parts(shown, owners, len(poses)))
         with torch.no_grad():
             placed = self.body.vertices(torch.from_numpy(labels).float()).double().numpy()
         return Scene(
@@ -248,19 +271,26 @@ class Studio:
 
     def _colors(self, look: _Look) -> np.ndarray:
         """sRGB of each vertex, 0 to 1."""
-        colors = np.tile(np.array(look.skin, dtype=np.float32), (len(self._parts["torso"]), 1))
-        top, bottom = COLORS[look.top_color], COLORS[look.bottom_color]
-        colors[self._parts["torso"] | self._parts["upper arms"]] = top
+        colors = np.tile(look.skin_rgb.astype(np.float32), (len(self._parts["torso"]), 1))
+        colors[self._parts["torso"] | self._parts["upper arms"]] = look.top_rgb
         if _TOPS[look.top]:
-            colors[self._parts["forearms"]] = top
-        colors[self._parts["hips"]] = bottom
+            colors[self._parts["forearms"]] = look.top_rgb
+        colors[self._parts["hips"]] = look.bottom_rgb
         if _BOTTOMS[look.bottom]:
-            colors[self._parts["shins"]] = bottom
-        colors[self._parts["feet"]] = look.shoes
+            colors[self._parts["shins"]] = look.bottom_rgb
+        colors[self._parts["feet"]] = look.shoes_rgb
         if look.hair_color:
             colors[self._parts["scalp"]] = HAIR_COLORS[look.hair_color]
         colors[self._parts["eyes"]] = (40, 35, 35)
         return colors / 255
+
+    def _seen_parts(self, shown: np.ndarray, owners: np.ndarray, count: int) -> list[set[str]]:
+        """Of each person, the parts that enough pixels show; `shown` as `draw_bodies` has it, `owners` after the occluder."""
+        seen = []
+        for number in range(count):
+            vertices = shown[owners == number] % len(self._parts["torso"])
+            seen.append({name for name, part in self._parts.items() if part[vertices].sum() > _SEEN * shown.size})
+        return seen
 
 
 def _rotation(axis: int, angle: float) -> np.ndarray:
@@ -298,19 +328,28 @@ def _body_parts(body: BodyModel) -> dict[str, np.ndarray]:
 
 
 def _draw_looks(count: int, rng: np.random.Generator) -> list[_Look]:
-    names, hairs = list(COLORS), [*HAIR_COLORS, None]
-    return [
-        _Look(
-            top=str(rng.choice(list(_TOPS))),
-            top_color=str(rng.choice(names)),
-            bottom=str(rng.choice(list(_BOTTOMS))),
-            bottom_color=str(rng.choice(names)),
-            hair_color=hairs[rng.choice(len(hairs), p=[0.3, 0.3, 0.15, 0.15, 0.1])],
-            skin=_SKIN_COLORS[rng.integers(len(_SKIN_COLORS))],
-            shoes=_SHOE_COLORS[rng.integers(len(_SHOE_COLORS))],
+    looks = []
+    for _ in range(count):
+        # Of two colours: people in one look naked at the size of a stamp.
+        top_color, bottom_color = rng.choice(list(COLORS), 2, replace=False).tolist()
+        jitter = rng.uniform(-1, 1, (2, 1)) * _BRIGHTNESS_JITTER + rng.uniform(-1, 1, (2, 3)) * _TINT_JITTER
+        tone, between = rng.integers(len(_SKIN_COLORS) - 1), rng.random()
+        skin = (1 - between) * np.array(_SKIN_COLORS[tone]) + between * np.array(_SKIN_COLORS[tone + 1])
+        hairs = [name for name, color in HAIR_COLORS.items() if np.abs(skin - color).sum() >= _HAIR_CONTRAST]
+        looks.append(
+            _Look(
+                top=str(rng.choice(list(_TOPS))),
+                top_color=top_color,
+                bottom=str(rng.choice(list(_BOTTOMS))),
+                bottom_color=bottom_color,
+                hair_color=None if rng.random() < _BALD_SHARE else str(rng.choice(hairs)),
+                top_rgb=np.clip(COLORS[top_color] + jitter[0], 0, 255),
+                bottom_rgb=np.clip(COLORS[bottom_color] + jitter[1], 0, 255),
+                skin_rgb=skin,
+                shoes_rgb=np.array(_SHOE_COLORS[rng.integers(len(_SHOE_COLORS))]),
+            )
         )
-        for _ in range(count)
-    ]
+    return looks
 
 
 def _place(vertices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -342,13 +381,15 @@ def _draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _occlude(pixels: np.ndarray, owners: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Sometimes a thing before the people, which hides at most 30 % of any one."""
+    """Sometimes a thing before somebody, which hides at most 30 % of any one."""
     if rng.random() >= _OCCLUDED_SHARE:
         return pixels, owners
     size = len(owners)
     visible = np.bincount(owners[owners >= 0])
     width, height = rng.uniform(0.1, 0.4, 2) * size
-    left, top = rng.uniform(0, size - width), rng.uniform(0, size - height)
+    ys, xs = np.nonzero(owners >= 0)
+    hit = rng.integers(len(ys))
+    left, top = xs[hit] - rng.random() * width, ys[hit] - rng.random() * height
     thing = Image.new("1", (size, size))
     drawer = ImageDraw.Draw(thing)
     shape = drawer.ellipse if rng.random() < 0.5 else drawer.rectangle
@@ -370,8 +411,10 @@ def _finish(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def _make_phrases(looks: Sequence[_Look], boxes: np.ndarray, depths: np.ndarray) -> list[list[str]]:
-    """Of each person, what is true of nobody else. One alone needs no telling apart."""
+def _make_phrases(
+    looks: Sequence[_Look], boxes: np.ndarray, depths: np.ndarray, seen: Sequence[set[str]]
+) -> list[list[str]]:
+    """Of each person, what is true of nobody else and can be seen. One alone needs no telling apart."""
     middles = (boxes[:, 0] + boxes[:, 2]) / 2
     order = np.argsort(middles).tolist()
     is_apart = len(looks) > 1 and np.diff(np.sort(middles)).min() > 0.1 * (boxes[:, 2].max() - boxes[:, 0].min())
@@ -380,15 +423,18 @@ def _make_phrases(looks: Sequence[_Look], boxes: np.ndarray, depths: np.ndarray)
     for number, look in enumerate(looks):
         others = [other for index, other in enumerate(looks) if index != number]
         texts = []
-        if all(other.top_color != look.top_color for other in others):
+        has_top, has_bottom = "torso" in seen[number], "hips" in seen[number]
+        if has_top and all(other.top_color != look.top_color for other in others):
             texts.append(f"the person in the {look.top_color} {'shirt' if _TOPS[look.top] else look.top}")
-        if all(other.bottom_color != look.bottom_color for other in others):
+        if has_bottom and all(other.bottom_color != look.bottom_color for other in others):
             texts.append(f"the person wearing {look.bottom_color} {look.bottom}")
-        if all((other.top_color, other.bottom_color) != (look.top_color, look.bottom_color) for other in others):
-            texts.append(
-                f"the person in {'an' if look.top_color[0] == 'o' else 'a'} {look.top_color} {look.top} and {look.bottom_color} {look.bottom}"
-            )
-        if look.hair_color and all(other.hair_color != look.hair_color for other in others):
+        pair = look.top_color, look.bottom_color
+        if has_top and has_bottom and all((other.top_color, other.bottom_color) != pair for other in others):
+            article = "an" if look.top_color[0] == "o" else "a"
+            texts.append(f"the person in {article} {look.top_color} {look.top} and {look.bottom_color} {look.bottom}")
+        # A bald head may have the colour of any hair.
+        is_only = all(other.hair_color not in (None, look.hair_color) for other in others)
+        if look.hair_color and "scalp" in seen[number] and is_only:
             texts.append(f"the person with {look.hair_color} hair")
         if is_apart and number == order[0]:
             texts.append("the person on the left")
@@ -445,57 +491,67 @@ class SyntheticPeople(Source):
     def read_part(self, part: str) -> Iterator[dict]:
         split, number = part.split("/")
         sampler = _load_sampler(self.folder, split)
-        studio, captioner = _load_studio(), _load_captioner()
+        captioner = _load_captioner()
         first = int(number) * _PICTURES_PER_PART
-        for index in range(first, min(first + _PICTURES_PER_PART, self.count)):
-            id = f"{index:08}"
-            rng = np.random.default_rng([self.seed, index])
-            num_people = rng.choice(_PEOPLE_IN_GROUP) if rng.random() < _GROUP_SHARE else 1
-            poses, masks = map(np.stack, zip(*(sampler.sample(rng) for _ in range(num_people)), strict=True))
-            scene = studio.draw(poses, rng, self.image_size)
-            image = _encode(scene.image)
-            if num_people == 1:
-                # What is up and down is told by the level camera. The picture's may look from above.
-                said = captioner.captions(torch.from_numpy(poses), [f"{self.seed}/{id}"])[0]
-                captions = [("geometry", text) for text in said]
-                row = self.make_row(id, "pose_estimation", [scene.people[0].pose], captions, [image])
-                yield {**row, "pose_mask": masks.tolist()}
-                continue
-            told = [number for number, person in enumerate(scene.people) if person.phrases]
-            if len(told) == num_people and rng.random() < _EVERYBODY_SHARE:
-                asked, captions = told, [("phrase", str(rng.choice(scene.people[n].phrases))) for n in told]
-            elif told:
-                asked = [int(rng.choice(told))]
-                captions = [("phrase", text) for text in scene.people[asked[0]].phrases]
-            else:
-                self.skip("nobody in the group can be told apart", id)
-                continue
-            row = self.make_row(id, "rpe", [scene.people[n].pose for n in asked], captions, [image])
-            yield {**row, "pose_mask": masks[asked].tolist()}
+        end = min(first + _PICTURES_PER_PART, self.count)
+        for start in range(first, end, _BATCH):
+            sampled = []
+            for index in range(start, min(start + _BATCH, end)):
+                rng = np.random.default_rng([self.seed, index])
+                num_people = rng.choice(_PEOPLE_IN_GROUP) if rng.random() < _GROUP_SHARE else 1
+                poses, masks = map(np.stack, zip(*(sampler.sample(rng) for _ in range(num_people)), strict=True))
+                sampled.append((f"{index:08}", poses, masks, rng))
+            # What is up and down is told by the level camera; the picture's may look from above.
+            said = captioner.captions(
+                torch.from_numpy(np.stack([poses[0] for _, poses, *_ in sampled])),
+                [f"{self.seed}/{id}" for id, *_ in sampled],
+            )
+            for (id, poses, masks, rng), captions in zip(sampled, said, strict=True):
+                row = self._draw_row(id, poses, masks, rng, captions)
+                if row is None:
+                    self.skip("nobody in the group can be told apart", id)
+                else:
+                    yield row
 
-
-def _encode(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
+    def _draw_row(
+        self, id: str, poses: np.ndarray, masks: np.ndarray, rng: np.random.Generator, said: list[str]
+    ) -> dict | None:
+        """A row, or `None` where there are several people and no word that is true of one alone."""
+        scene = _load_studio().draw(poses, rng, self.image_size)
+        told = [number for number, person in enumerate(scene.people) if person.phrases]
+        if len(poses) == 1:
+            task, asked, captions = "pose_estimation", [0], [("geometry", text) for text in said]
+        elif len(told) == len(poses) and rng.random() < _EVERYBODY_SHARE:
+            task, asked = "rpe", told
+            captions = [("phrase", str(rng.choice(scene.people[number].phrases))) for number in told]
+        elif told:
+            task, asked = "rpe", [int(rng.choice(told))]
+            captions = [("phrase", text) for text in scene.people[asked[0]].phrases]
+        else:
+            return None
+        labels = [scene.people[number].pose for number in asked]
+        row = self.make_row(id, task, labels, captions, [scene.image])
+        return {**row, "pose_mask": masks[asked].tolist()}
 
 
 # Kept for the parts to come.
 @lru_cache(maxsize=2)
 def _load_sampler(folder: Path, split: str) -> PoseSampler:
-    poses, masks = [], []
+    poses, masks = [np.zeros((0, 24, 3), dtype=np.float32)], [np.zeros((0, 24), dtype=bool)]
     for path in sorted(folder.glob(f"{split}/*.parquet")):
         try:
-            table = pq.read_table(path, columns=["task", "poses", "pose_mask"])
-            for row in table.to_pylist():
-                if row["task"] != "spg":  # those poses are there already
-                    poses += row["poses"]
-                    masks += row["pose_mask"]
+            # Those of spg are there already. Python's own lists would take gigabytes for a million poses.
+            table = pq.read_table(path, columns=["poses", "pose_mask"], filters=[("task", "!=", "spg")])
+            for column, arrays, shape in (("poses", poses, (24, 3)), ("pose_mask", masks, (24,))):
+                values = table[column].combine_chunks().flatten()
+                for _ in shape:
+                    values = values.flatten()
+                arrays.append(values.to_numpy(zero_copy_only=False).reshape(-1, *shape))
         except (OSError, ValueError) as error:  # Arrow's errors are these
             raise ValueError(f"expected rows in {path}, as `chatpose data` writes them: {error}") from error
-    if not poses:
-        raise ValueError(f"expected rows with poses in {folder / split}, found none")
-    return PoseSampler(np.array(poses, dtype=np.float64), np.array(masks, dtype=bool))
+    if not any(map(len, poses)):
+        raise ValueError(f"expected rows with poses in {folder / split}, found none; make some with `chatpose data`")
+    return PoseSampler(np.concatenate(poses), np.concatenate(masks))
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,147 @@
+"""3DPW: videos of one or two people outdoors, with SMPL poses from inertial sensors."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..array_files import PickleFields, read_limited, value_errors_only
+from ..image_files import open_image
+from ..person_crop import crop_person, keypoint_box
+from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
+from .rows import NUM_JOINTS
+from .source import Source
+
+
+_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+_MIN_KEYPOINTS = 6  # as the official scorer has it
+
+
+class _Person(NamedTuple):
+    poses: np.ndarray  # (F, 24, 3), camera frame
+    keypoints: np.ndarray  # (F, 3, 18)
+    is_valid: np.ndarray  # (F,)
+
+
+class ThreeDPW(Source):
+    """
+    3DPW as its site gives it, in the folder or in `3DPW` there: `sequenceFiles/{train,validation,test}/<sequence>.pkl`
+    and `imageFiles/<sequence>/image_00000.jpg`.
+
+    Read of a sequence of F frames: `cam_poses` (F, 4, 4), world to camera; and for each person `poses` (F, 72),
+    axis-angle in the world; `poses2d` (F, 3, 18), rows x, y in pixels and confidence; `campose_valid` (F,).
+
+    A row of task `"pose_estimation"` for each person in each frame with a valid camera and at least 6 detected 2D
+    joints (confidence over 0), cropped as everywhere around the joints that are seen. The global orientation is turned
+    into the camera frame by the frame's `cam_poses`. A part is a sequence; `validation` is the split val.
+
+    Args:
+        folder (`str` or `Path`): what was downloaded.
+        seed (`int`, *optional*, defaults to 0): of the questions.
+        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side.
+    """
+
+    name = "3dpw"
+    licence = "3DPW: non-commercial scientific research only (virtualhumans.mpi-inf.mpg.de/3DPW)"
+
+    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
+        super().__init__(folder, seed)
+        self.image_size = image_size
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        return {**super().settings(), "image_size": self.image_size}
+
+    def parts(self) -> list[str]:
+        root = self._find_root()
+        parts = [
+            f"{split}/{path.stem}"
+            for folder, split in _SPLITS.items()
+            for path in sorted((root / "sequenceFiles" / folder).glob("*.pkl"))
+        ]
+        if not parts:
+            raise FileNotFoundError(
+                f"expected sequenceFiles/{{train,validation,test}}/*.pkl in {self.folder}, found none; get "
+                "sequenceFiles.zip and imageFiles.zip from https://virtualhumans.mpi-inf.mpg.de/3DPW and unpack them there"
+            )
+        return parts
+
+    def read_part(self, part: str) -> Iterator[dict]:
+        split, sequence = part.split("/", 1)
+        folder = {split: folder for folder, split in _SPLITS.items()}[split]
+        root = self._find_root()
+        count, people = _load_sequence(root / "sequenceFiles" / folder / f"{sequence}.pkl")
+        for frame in range(count):
+            # The pickle also has a name of the sequence; the file's own leads nowhere else.
+            name = f"{sequence}/image_{frame:05d}"
+            present = [
+                index for index, person in enumerate(people) if self._is_usable(f"{name}/{index}", person, frame)
+            ]
+            image = self._open_image(root / "imageFiles" / f"{name}.jpg", sequence, len(present)) if present else None
+            if image is None:
+                continue
+            for index in present:
+                person = people[index]
+                try:
+                    crop = crop_person(image, keypoint_box(person.keypoints[frame].T), self.image_size)
+                except ValueError:
+                    self.skip("joints that span no box of the picture", f"{name}/{index}")
+                    continue
+                yield self.make_row(f"{name}/{index}", "pose_estimation", [person.poses[frame]], images=[crop])
+
+    def _find_root(self) -> Path:
+        inner = self.folder / "3DPW"
+        return inner if (inner / "sequenceFiles").is_dir() else self.folder
+
+    def _is_usable(self, id: str, person: _Person, frame: int) -> bool:
+        if not person.is_valid[frame] > 0:
+            self.skip("no valid camera", id)
+        elif (person.keypoints[frame, 2] > 0).sum() < _MIN_KEYPOINTS:
+            self.skip(f"fewer than {_MIN_KEYPOINTS} detected joints", id)
+        else:
+            return True
+        return False
+
+    def _open_image(self, path: Path, sequence: str, num_people: int) -> Image.Image | None:
+        if not path.is_file():
+            self.skip(f"missing image of {sequence}", path.name, num_people)
+            return None
+        try:
+            return open_image(path)
+        except (ValueError, OSError):
+            self.skip(f"damaged image of {sequence}", path.name, num_people)
+            return None
+
+
+def _load_sequence(path: Path) -> tuple[int, list[_Person]]:
+    """The number of frames, and the people."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the file {path}, found none")
+    with value_errors_only(f"`{path}`"):
+        fields = PickleFields(read_limited(path))
+        wanted = ("cam_poses", "poses", "poses2d", "campose_valid")
+        absent = [name for name in wanted if name not in fields.names]
+        if absent:
+            raise ValueError(f"expected a sequence of 3DPW with {', '.join(wanted)}, found no {', '.join(absent)}")
+        cameras, *lists = (fields.read(name) for name in wanted)
+        cameras = np.array(cameras, np.float64)
+        count = len(cameras)
+        _expect_shape("cam_poses", cameras, (count, 4, 4))
+        turns = torch.from_numpy(cameras[:, :3, :3])
+        people = []
+        for arrays in zip(*lists, strict=True):
+            poses, keypoints, is_valid = (np.array(array, np.float64) for array in arrays)
+            _expect_shape("poses", poses, (count, 3 * NUM_JOINTS))
+            _expect_shape("poses2d", keypoints, (count, 3, 18))
+            _expect_shape("campose_valid", is_valid, (count,))
+            poses = poses.reshape(count, NUM_JOINTS, 3)
+            poses[:, 0] = rotmat_to_rotvec(turns @ rotvec_to_rotmat(torch.from_numpy(poses[:, 0]))).numpy()
+            people.append(_Person(poses.astype(np.float32), keypoints, is_valid))
+    return count, people
+
+
+def _expect_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"expected `{name}` of shape {shape}, got {array.shape}")
