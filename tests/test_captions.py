@@ -223,7 +223,7 @@ def stretched(*direction):
             return False
         seen = person.direction(part)
         if limb == "leg":
-            return degrees_between(seen, direction) <= 45 + TOL
+            return degrees_between(seen, direction) <= 30 + TOL
         sign = 1 if side == "left" else -1
         world = seen * (sign, 1, 1)
         seen_by_body = np.array([world @ person.left * sign, world @ person.up, world @ person.front])
@@ -357,7 +357,12 @@ ENGLISH = [
     ),
     (
         r"spread wide to the sides|planted wide apart sideways",
-        pair(lambda person, a, b: abs(person.at[a] - person.at[b])[0] > 0.5 - TOL),
+        pair(
+            lambda person, a, b: (
+                abs(person.at[a] - person.at[b])[0] > 0.5 - TOL
+                and max(person.height(a), person.height(b)) <= 0.1 + TOL
+            )
+        ),
     ),
     (r"crossed", pair(lambda person, a, b: person.distance(a, b) < 0.4 and ordered(0, -1)(person, a, b))),
     (rf"(?:higher than|above the level of|above|raised above) (?:{OBJECT}|{HEIGHT})", ordered(1, 1)),
@@ -686,6 +691,30 @@ def test_codes_when_lying_on_the_back_then_says_so_and_no_incline():
     assert not any("leaning" in relation or "bent far" in relation for _, relation, _ in codes)
     # Who lies has no front or behind that readers would agree on.
     assert not any(relation in ("in front of", "behind") and part2 != "torso" for _, relation, part2 in codes)
+
+
+@pytest.mark.parametrize("pelvis", [(-90.0, 0.0, 0.0), (90.0, 0.0, 0.0), (0.0, 0.0, 90.0), (180.0, 0.0, 0.0)])
+def test_codes_when_not_upright_then_no_part_is_a_yardstick_of_height(pelvis):
+    """At knee height, above the head: of somebody lying or upside down a reader would take it along the body."""
+    codes = codes_of(pose_of(ARMS_DOWN, pelvis=pelvis, l_hip=(-30.0, 0.0, 0.0)))
+    assert not [code for code in codes if code[1] in ("above", "below", "level with")]
+
+
+def test_codes_when_the_thigh_is_raised_then_its_knee_is_no_yardstick_for_the_hand():
+    raised = pose_of(ARMS_DOWN, l_hip=(-120.0, 0.0, 0.0), l_knee=(90.0, 0.0, 0.0))
+    assert not [code for code in codes_of(raised) if code[0] == "left hand" and code[2] == "left knee"]
+
+
+def test_codes_when_a_leg_is_lifted_sideways_then_the_feet_are_not_planted_apart():
+    codes = codes_of(pose_of(ARMS_DOWN, l_hip=(0.0, 0.0, 70.0)))
+    assert ("left leg", "stretched", "to the side") in codes
+    assert ("feet", "spread", "") not in codes
+
+
+@pytest.mark.parametrize(("turn", "is_told"), [(0.0, True), (60.0, False)])
+def test_codes_when_the_head_is_turned_far_then_its_tilt_is_not_told(turn, is_told):
+    tilted = pose_of(ARMS_DOWN, neck=(0.0, turn, 0.0), head=(0.0, 0.0, 35.0))
+    assert (("head", "tilted to", "right") in codes_of(tilted)) == is_told
 
 
 def test_codes_when_the_head_and_the_hips_turn_together_then_the_head_is_not_turned():

@@ -18,7 +18,15 @@ from chatpose_hf.body import BodyModel
 from chatpose_hf.data import prepare
 from chatpose_hf.data.endpoint import Endpoint
 from chatpose_hf.data.rows import load_rows, validate_row, write_rows
-from chatpose_hf.data.rpe import ATTRIBUTES, Rpe, apply_review, load_people, mark_person, write_review_page
+from chatpose_hf.data.rpe import (
+    ATTRIBUTES,
+    Rpe,
+    apply_review,
+    load_people,
+    mark_person,
+    write_review_folder,
+    write_review_page,
+)
 from chatpose_hf.render import render_bodies
 
 
@@ -260,6 +268,16 @@ def test_review_of_rows_loaded_again_then_the_same(rows, tmp_path):
     assert [row["messages"] for row in apply_review(loaded, review)] == [
         row["messages"] for row in apply_review(rows, review)
     ]
+
+
+def test_write_review_folder_then_all_splits_with_their_boxes(rows, folder, tmp_path):
+    output = tmp_path / "rows"
+    for split, of_split in (("train", rows[:10]), ("val", rows[10:])):
+        (output / split).mkdir(parents=True)
+        write_rows(output / split / "00000.parquet", of_split)
+    assert write_review_folder(output, folder) == output / "review.html"
+    write_review_page(rows, tmp_path / "page.html", {person["id"]: person["box"] for person in load_people(folder)})
+    assert (output / "review.html").read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
 def test_apply_review_then_rejected_rows_go_and_edited_ones_are_asked_anew(rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from make_tiny_checkpoint import make_model, make_processor
+from test_data_posescript import write_amass, write_release
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 
@@ -30,6 +31,9 @@ def desk(official, tmp_path_factory):
     (desk / "openai").mkdir()
     (desk / "openai" / "clip-vit-large-patch14-336").symlink_to(official / "vision_tower")
     shutil.copyfile(official / "images" / "wide.png", desk / "photo.png")
+
+    write_release(desk / "PoseScript" / "posescript_release")
+    write_amass(desk / "PoseScript" / "AMASS")
 
     llava = desk / "llava-hf" / "llava-1.5-7b-hf"
     processor = make_processor()
@@ -71,10 +75,15 @@ def test_run_and_python_blocks(desk):
     assert {path.name for path in (desk / "out").iterdir()} == files
     assert (desk / "answers.png").is_file()
     assert (desk / "pose.bvh").is_file()
+    out = run(["bash", "-euc", "".join(blocks("bash", "Data"))], desk)
+    assert "text_to_pose 3" in out
+    assert "pose_estimation" in out
+    assert (desk / "rows" / "synthetic" / "sheet.png").is_file()
     printed = [run([sys.executable, "-c", block], desk) for block in blocks("python")]
     assert printed[0] == "torch.Size([1, 13718, 3]) torch.Size([1, 24, 3]) default\n"
     assert printed[1].count("<POSE>") == printed[1].count("torch.Size([72])") == 2
     assert "torch.Size([23, 3])" in printed[2]
+    assert printed[3].startswith("9 {'type': 'text'")
     assert len(printed) == 4
     example = [sys.executable, str(ROOT / "examples" / "chat_about_a_photo.py"), "chatpose-13b", "photo.png", "talk"]
     assert run(example, desk).count("(1 poses)") == 2

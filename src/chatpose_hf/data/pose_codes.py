@@ -94,7 +94,7 @@ _BINS: dict[str, tuple[tuple[float, ...], float, tuple[str, ...]]] = {
     "head y": ((-30, -15, 15, 30), 5, ("right", "slightly right", "", "slightly left", "left")),
     "head z": ((-30, 30), 5, ("left", "", "right")),
     "arm reach": ((22.5,), 5, ("stretched", "")),
-    "leg reach": ((45,), 5, ("stretched", "")),
+    "leg reach": ((30,), 5, ("stretched", "")),
     "tilt": ((), 5, ("",)),
     "facing": ((), 5, ("",)),
     "left side": ((), 5, ("",)),
@@ -325,8 +325,10 @@ class Geometry:
         hips_level = np.abs(_unit(p["left hip"] - p["right hip"])[:, 1]) < 0.7
         self._legs_have_front = hips_level & (self._tilt < _LEGS_BELOW)
         self._arms_have_front = hips_level & (self._tilt < _STEADY) & (np.abs(twist) < 30)
-        ankles = np.stack([p["left ankle"][:, 1], p["right ankle"][:, 1]])
-        self._stands = (p["shoulders"][:, 1] - ankles.min(0) >= 0.2) & (ankles.max(0) < p["pelvis"][:, 1])
+        # One leg may be up in the air; the other carries the hips.
+        lowest_ankle = np.minimum(p["left ankle"][:, 1], p["right ankle"][:, 1])
+        shoulders, hips = p["shoulders"][:, 1] - lowest_ankle, p["pelvis"][:, 1] - lowest_ankle
+        self._stands = (shoulders >= 0.2) & (hips > 0.4)
         self._head_angles = None if poses is None else _head_angles(np.asarray(poses, dtype=np.float64))
 
     def value(self, kind: str, part1: str, part2: str = "") -> np.ndarray:
@@ -376,9 +378,21 @@ class Geometry:
         has_arm = bool({bare, without_side(part2)} & {"hand", "elbow", "shoulder", "upper arm", "forearm"})
         if kind in ("x", "z"):
             return np.where(self._arms_have_front if has_arm else self._legs_have_front, value, np.nan)
-        # A height that a reader would take along the body, as a hand above the head, is told of upright bodies only.
-        needs_upright = not is_pair(part1, part2) and part2 != "left knee" and part2 != "right knee"
-        return np.where(self._tilt < _UPRIGHT, value, np.nan) if needs_upright else value
+        return np.where(self._has_height(part1, part2), value, np.nan)
+
+    def _has_height(self, part1: str, part2: str) -> np.ndarray:
+        """Where a reader would take a difference in height for what it is."""
+        p = self.points
+        side, bare, other = part1.split(" ")[0], without_side(part1), without_side(part2)
+        if bare not in ("hand", "foot", "knee") or is_pair(part1, part2):
+            return np.full(self.num_poses, True)
+        # Of somebody lying, "above the head" goes along the body.
+        is_told = self._tilt < _LEGS_BELOW
+        if other == "knee":  # a yardstick where it usually is, and to a foot the one of the leg that stands
+            hangs = (p[f"{side} hip"] - p[part2])[:, 1] > 0.15
+            stands = (p["pelvis"] - p[f"{SIDES[side == 'left']} ankle"])[:, 1] > 0.6
+            is_told &= hangs if bare == "hand" else stands
+        return is_told
 
     def _turn(self, kind: str) -> np.ndarray:
         p = self.points
@@ -386,15 +400,20 @@ class Geometry:
             if self._head_angles is None:
                 return np.full(self.num_poses, np.nan)
             angles = self._head_angles[:, "xyz".index(kind[-1])]
-            return angles if kind == "head y" else np.where(self._tilt < _UPRIGHT, angles, np.nan)
+            # Of a head turned far, the tilts as angles are no longer those that one sees.
+            is_seen = (self._tilt < _UPRIGHT) & (np.abs(self._head_angles[:, 1]) <= 30)
+            return angles if kind == "head y" else np.where(is_seen, angles, np.nan)
         if kind == "twist":
             return self._twist
         spine = _unit(p["shoulders"] - p["pelvis"])
         # The angle in a plane says little about a spine that is nearly normal to it.
+        incline = np.degrees(np.arctan2(spine[:, 2], spine[:, 1]))
         if kind == "incline":
-            is_clear = self._stands & (np.hypot(spine[:, 1], spine[:, 2]) > 0.7)
-            return np.where(is_clear, np.degrees(np.arctan2(spine[:, 2], spine[:, 1])), 0.0)
-        return np.where(self._stands & (spine[:, 1] > 0), 90 - _angle(spine, np.array([1.0, 0.0, 0.0])), 0.0)
+            return np.where(self._stands & (np.hypot(spine[:, 1], spine[:, 2]) > 0.7), incline, 0.0)
+        lean = 90 - _angle(spine, np.array([1.0, 0.0, 0.0]))
+        # From the front, who also leans forward leans far more than a little.
+        is_clear = self._stands & (spine[:, 1] > 0.2) & ((np.abs(incline) < 30) | (np.abs(lean) > 30))
+        return np.where(is_clear, lean, 0.0)
 
     def _reach(self, kind: str, side: str, direction: str) -> np.ndarray:
         """Degrees between a limb and a direction, in the torso's axes and in upright ones: the larger of the two."""
@@ -412,9 +431,8 @@ class Geometry:
         )
         is_upright = (self._tilt < _UPRIGHT) & (np.abs(self._twist) < 40)
         angle = np.where(is_upright, np.maximum(in_torso, upright), in_torso)
-        is_told = is_upright & (direction != "along the body") | (self._tilt >= _LEGS_BELOW) & (
-            direction in _LYING_DIRECTIONS
-        )
+        is_flat = (self._tilt >= _LEGS_BELOW) & (self._tilt < 180 - _LEGS_BELOW)
+        is_told = is_flat & (direction in _LYING_DIRECTIONS) | is_upright & (direction != "along the body")
         return np.where(is_straight & is_told, angle, np.nan)
 
 
@@ -510,10 +528,10 @@ def _posture_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.n
 
     def stands_on_one(side: str) -> np.ndarray:
         carries = (
-            is_planted(side) & (v("angle", f"{side} knee") > 145) & (v("offset", "pelvis", f"{side} foot") < 0.25)
+            is_planted(side) & (v("angle", f"{side} knee") > 135) & (v("offset", "pelvis", f"{side} foot") < 0.25)
         )
         lifted = v("height", f"{SIDES[side == 'left']} foot") > 0.2
-        return carries & lifted & (v("y", "pelvis", f"{side} ankle") > 0.6) & (tilt < 35)
+        return carries & lifted & (v("y", "pelvis", f"{side} ankle") > 0.6) & (tilt < 100)
 
     stands = both(lambda s: is_planted(s) & (v("angle", f"{s} knee") > 135) & (v("y", "pelvis", f"{s} ankle") > 0.6))
     stands &= (tilt < 25) & (v("distance", "left foot", "right foot") < 0.5)
@@ -521,17 +539,16 @@ def _posture_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.n
     squats &= (tilt < 60) & (pelvis < 0.65) & both(lambda s: np.abs(v("z", "torso", f"{s} ankle")) < 0.25)
     sits = both(
         lambda s: (
-            (np.abs(v("angle", f"{s} knee") - 92) < 33)
-            & (v("slope", f"{s} thigh") > 60)
+            (np.abs(v("angle", f"{s} knee") - 85) < 40)
+            & (v("slope", f"{s} thigh") > 50)
             & (v("y", f"{s} ankle", f"{s} knee") < -0.25)
             & (v("z", "torso", f"{s} ankle") < -0.2)
         )
     )
     sits &= (tilt < _UPRIGHT) & (pelvis > 0.3)
     sits_low = (pelvis < 0.2) & (tilt < 50) & (v("height", "neck") > 0.4)
-    on_all_fours = (
-        both(lambda s: is_low(s, "knee") & is_low(s, "hand")) & (tilt > 45) & (facing > 110) & (pelvis > 0.3)
-    )
+    crawls = both(lambda s: (v("height", f"{s} knee") < 0.15) & is_low(s, "hand") & (v("slope", f"{s} shin") > 60))
+    on_all_fours = crawls & (tilt > 45) & (facing > 110) & (pelvis > 0.3)
     is_inverted = (tilt > 120) & both(lambda s: v("y", "pelvis", f"{s} ankle") < -0.15)
 
     candidates = [
@@ -575,6 +592,7 @@ def _super_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.nda
         beside = near & (v("distance", *pair) > 0.2) & (np.abs(v("y", *pair)) < 0.07) & (np.abs(v("z", *pair)) < 0.07)
         codes.append((PoseCode(plural(part), "shoulder width apart", "", "super", 6 - 3 * (part == "foot")), beside))
     is_wide = (np.abs(v("x", "left foot", "right foot")) > 0.5) & (np.abs(v("z", "left foot", "right foot")) < 0.3)
+    is_wide &= (v("height", "left foot") <= 0.1) & (v("height", "right foot") <= 0.1)
     codes.append((PoseCode("feet", "spread", "", "super", 5), is_wide))
     for parts in _ALIGNED:
         # Of a left and a right part that are farther apart, one is always to the left: it tells nothing.
@@ -584,7 +602,7 @@ def _super_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.nda
             first, second = (aligned[other] for other in "xyz" if other != axis)
             for sign, relation in zip((-1, 1), relations, strict=True):
                 holds = first & second & (v(axis, *parts) * sign > 0.15)
-                codes.append((PoseCode(parts[0], relation, parts[1], "super", 2), holds))
+                codes.append((PoseCode(parts[0], relation, parts[1], "super", 1), holds))
     return codes
 
 
