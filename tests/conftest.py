@@ -1,14 +1,12 @@
 """Shared fixtures: tiny random models made offline, and the original's fixture where this checkout has it."""
 
 import os
-import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once instead of hanging
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name  # data sets that tests load stay out of the user's cache
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,13 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 OFFICIAL = ROOT.parent / "shared" / "fixtures" / "official_tiny"
+
+
+def pytest_configure(config):
+    """Before `datasets` is imported: what tests load stays out of the user's cache."""
+    cache = tempfile.TemporaryDirectory()
+    config.add_cleanup(cache.cleanup)
+    os.environ["HF_DATASETS_CACHE"] = cache.name
 
 
 @pytest.fixture(scope="session")
