@@ -91,6 +91,10 @@ FAULTS = {
     "mask empty": ({"pose_mask": [[False] * 24]}, "`pose_mask`: expected a joint"),
     "mask missing": ({"pose_mask": []}, "`pose_mask`: expected one for each pose"),
     "caption kind": ({"captions": [{"text": "x"}]}, "`captions`: expected `kind` and `text`"),
+    "caption with a token": (
+        {"captions": [{"kind": "human", "text": "a <POSE>"}]},
+        "`captions`: expected no `<image>`",
+    ),
     "caption empty": ({"captions": [{"kind": "human", "text": " "}]}, "`captions`: expected a text"),
 }
 

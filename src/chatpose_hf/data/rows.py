@@ -111,6 +111,9 @@ def validate_row(row: dict) -> None:
         for value in caption.values():
             expect(isinstance(value, str) and value.strip() != "", "captions", "expected a text", repr(value))
             expect(_is_unicode(value), "captions", "expected text that UTF-8 can write")
+            # A later epoch may put it into a question.
+            is_plain = IMAGE_TOKEN not in value and POSE_TOKEN not in value
+            expect(is_plain, "captions", f"expected no `{IMAGE_TOKEN}` or `{POSE_TOKEN}`", value)
 
 
 def _count_parts(messages: list, expect) -> tuple[int, int]:
