@@ -1,6 +1,7 @@
 """Several data sets as one to train on: drawn in given proportions, anew in every epoch, the same in every run."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch.utils.data
@@ -116,11 +117,11 @@ class MixtureStream(torch.utils.data.IterableDataset):
         first, self._resume_at = self._resume_at, 0
         self._seen = first
         # `IterableDataset.state_dict` would forget what lies in the shuffle buffers, so rows are counted here.
-        for number, row in enumerate(self._stream()):
-            if number >= first:
-                self._seen = number + 1
-                images = [_DECODER.decode_example(image) for image in row["images"]]
-                yield redraw_messages({**row, "images": images}, self._seed, self._epoch)
+        for row in islice(self._stream(), first, None):
+            self._seen += 1
+            if row["images"]:
+                row["images"] = [_DECODER.decode_example(image) for image in row["images"]]
+            yield redraw_messages(row, self._seed, self._epoch)
 
     def _stream(self) -> Iterator[dict]:
         """

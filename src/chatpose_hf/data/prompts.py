@@ -89,6 +89,7 @@ GROUP_ANSWERS = (
 # Kinds of captions that say what the body does; a text-to-pose question is drawn from one of these kinds, each as likely:
 # the original's fair coin between what people and what programs wrote.
 DESCRIBING_KINDS = ("human", "automatic", "geometry")
+_DESCRIPTION = f"a caption of kind {', '.join(DESCRIBING_KINDS)}"
 _QUESTIONS = {  # of each task: the original's, more
     "text_to_pose": (TEXT_QUESTIONS, (*MORE_TEXT_QUESTIONS, PHRASE_QUESTION)),
     "pose_estimation": (IMAGE_QUESTIONS, MORE_IMAGE_QUESTIONS),
@@ -103,7 +104,9 @@ class _Draw:
     """Choices that a key decides. Seeding Python's generator would take longer than all that is drawn from it."""
 
     def __init__(self, key: str):
-        self._left = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass")).digest(), "big")
+        self._left = int.from_bytes(
+            hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=32).digest(), "big"
+        )
 
     def choice(self, options: Sequence):
         self._left, index = divmod(self._left, len(options))
@@ -168,7 +171,7 @@ def draw_messages(
         return _make_messages(num_images, _draw_group_question(rng, phrases), _draw_group_answer(rng, phrases))
 
     if task == "text_to_pose":
-        asked = rng.choice(rng.choice(need(descriptions, f"a caption of kind {', '.join(DESCRIBING_KINDS)}")))
+        asked = rng.choice(rng.choice(need(descriptions, _DESCRIPTION)))
     elif task == "spg":
         asked = rng.choice(need(by_kind.get("implicit", []), "a caption of kind `implicit`"))
     elif task == "rpe":
@@ -233,9 +236,9 @@ def _fill(template: str, text: str) -> str:
 
 
 def _as_sentence(text: str) -> str:
-    text = " ".join(text.split())
+    text = text.strip()
     return text if text.rstrip("\"')]").endswith((".", "!", "?")) or not text else f"{text}."
 
 
 def _as_phrase(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
+    return text.strip().rstrip(".")
