@@ -534,7 +534,9 @@ def _posture_codes(columns: dict[_Key, np.ndarray]) -> list[tuple[PoseCode, np.n
         return carries & lifted & (v("y", "pelvis", f"{side} ankle") > 0.6) & (tilt < 100)
 
     stands = both(lambda s: is_planted(s) & (v("angle", f"{s} knee") > 135) & (v("y", "pelvis", f"{s} ankle") > 0.6))
-    stands &= (tilt < 25) & (v("distance", "left foot", "right foot") < 0.5)
+    # Nobody stands upright and leans.
+    is_upright = (tilt < 15) & (np.abs(v("incline", "body")) <= 20) & (np.abs(v("lean", "body")) <= 15)
+    stands &= is_upright & (v("distance", "left foot", "right foot") < 0.5)
     squats = both(lambda s: is_planted(s) & (v("angle", f"{s} knee") < 100) & (v("height", f"{s} knee") > 0.2))
     squats &= (tilt < 60) & (pelvis < 0.65) & both(lambda s: np.abs(v("z", "torso", f"{s} ankle")) < 0.25)
     sits = both(
