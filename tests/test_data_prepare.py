@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -253,3 +255,11 @@ def test_command_when_an_option_is_not_the_sources_then_says_so(tmp_path, capsys
     assert "expected no `--image-size` for cmu" in capsys.readouterr().err
     assert main([*arguments, "--endpoint-model", "x"]) == 1
     assert "`--endpoint` and `--endpoint-model` together" in capsys.readouterr().err
+
+
+def test_command_when_datasets_is_not_installed_then_names_the_extra(tmp_path):
+    code = "import sys; sys.modules['datasets'] = None; from chatpose_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["data", "cmu", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "pip install 'chatpose_hf[data]'" in run.stderr

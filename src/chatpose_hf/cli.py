@@ -347,10 +347,11 @@ def _data(options) -> int:
     where a former run stopped.
     """
     from .data import find_source
-    from .data.prepare import merge_counts, prepare_rows
 
     _check_output(options.output)
     source = find_source(options.source)(options.input, seed=options.seed, **_source_options(options))
+    from .data.prepare import merge_counts, prepare_rows  # after `find_source`, which says what is not installed
+
     records = prepare_rows(source, options.output, options.limit, options.workers)
     errors = [record for record in records if record.error]
     print(f"{'split':<12}{'rows':>10}{'poses':>10}  tasks")

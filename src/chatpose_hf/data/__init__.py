@@ -31,4 +31,9 @@ def find_source(name: str) -> type:
     if name not in SOURCES:
         raise ValueError(f"expected a source of {', '.join(SOURCES)}, got {name!r}")
     module, cls = SOURCES[name].split(".")
-    return getattr(import_module(f".{module}", __name__), cls)
+    try:
+        return getattr(import_module(f".{module}", __name__), cls)
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise ImportError("rows need the package datasets: pip install 'chatpose_hf[data]'") from error

@@ -14,7 +14,7 @@ from ..array_files import MAX_BYTES, NpzFields, value_errors_only
 from ..image_files import open_image
 from ..person_crop import crop_person
 from .rows import NUM_JOINTS
-from .source import BODY_ONLY_MASK, Source, inside
+from .source import BODY_ONLY_MASK, PhotoSource, inside
 
 
 _IMAGES_PER_PART = 300  # of 1 to 10 people
@@ -23,7 +23,7 @@ _FIELDS = ("imgname", "center", "scale", "pose_cam")
 _JOINTS_OF = {72: NUM_JOINTS, 165: 22}
 
 
-class Bedlam(Source):
+class Bedlam(PhotoSource):
     """
     BEDLAM's labels, an npz file for each scene (`2022*.npz` in the folder or up to two folders down, for instance
     `training_labels/all_npz_12_training/20221010_3_1000_batch01hand_6fps.npz`), and its pictures,
@@ -38,22 +38,10 @@ class Bedlam(Source):
     A row of task `"pose_estimation"` for each person, cropped as everywhere. Scenes with `closeup` in their name have
     pictures that lie on their left side: they are turned clockwise first, unless they are upright already, as frames of the
     videos are.
-
-    Args:
-        folder (`str` or `Path`): what was downloaded.
-        seed (`int`, *optional*, defaults to 0): of the questions.
-        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side.
     """
 
     name = "bedlam"
     licence = "BEDLAM: non-commercial scientific research only (bedlam.is.tue.mpg.de)"
-
-    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
-        super().__init__(folder, seed)
-        self.image_size = image_size
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "image_size": self.image_size}
 
     def parts(self) -> list[str]:
         parts = []

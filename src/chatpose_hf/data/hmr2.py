@@ -12,7 +12,7 @@ from ..array_files import load_array_pickle, value_errors_only
 from ..image_files import open_image
 from ..person_crop import crop_person
 from .rows import NUM_JOINTS
-from .source import Source, inside
+from .source import PhotoSource, inside
 
 
 _FITS = "SMPL fits of 4D-Humans, their licence not stated"
@@ -59,7 +59,7 @@ _LEAST_DENSITIES = np.array([
 # fmt: on
 
 
-class Hmr2Training(Source):
+class Hmr2Training(PhotoSource):
     """
     The shards `dataset_tars/<set>/000000.tar` of `hmr2_training_data`; the folder may also be `dataset_tars` itself or that
     of one set. Sets of other names are not read. `coco-val` is the split val, all others are train.
@@ -73,11 +73,6 @@ class Hmr2Training(Source):
     upstream's filters: flags of pose and shape both on, no |beta| over 3, more than 4 keypoints of confidence 0.3, a
     reprojection loss under 31000 (none is well) and, where `amass_poses_hist100_SMPL+H_G.npy` (21, 100, 100, 100) lies in
     `hmr2_training_data`, every joint's rotation a likely one in AMASS.
-
-    Args:
-        folder (`str` or `Path`): what was downloaded.
-        seed (`int`, *optional*, defaults to 0): of the questions.
-        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side.
     """
 
     name = "hmr2"
@@ -86,12 +81,8 @@ class Hmr2Training(Source):
         f"{_FITS}"
     )
 
-    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
-        super().__init__(folder, seed)
-        self.image_size = image_size
-
     def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "image_size": self.image_size, "histogram": self._find_histogram() is not None}
+        return {**super().settings(), "histogram": self._find_histogram() is not None}
 
     def parts(self) -> list[str]:
         parts = [

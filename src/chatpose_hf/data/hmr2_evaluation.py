@@ -11,14 +11,14 @@ from ..array_files import NpzFields, read_limited, value_errors_only
 from ..image_files import open_image
 from ..person_crop import crop_person
 from .rows import NUM_JOINTS
-from .source import Source, inside
+from .source import PhotoSource, inside
 
 
 _IMAGES_PER_PART = 1000
 _FILES = ("3dpw_test", "h36m_val_p2")
 
 
-class Hmr2Evaluation(Source):
+class Hmr2Evaluation(PhotoSource):
     """
     The files `3dpw_test.npz` and `h36m_val_p2.npz` of `hmr2_evaluation_data`, in the folder or in a folder of that
     name there, and 3DPW's pictures, `imageFiles/<sequence>/image_00000.jpg` in the folder or in `3DPW` there.
@@ -28,22 +28,10 @@ class Hmr2Evaluation(Source):
 
     A row of task `"pose_estimation"` and split test for each person, cropped as everywhere. `h36m_val_p2.npz` has 3D
     joints instead of poses, so its people are counted as skipped and no row is made of them.
-
-    Args:
-        folder (`str` or `Path`): what was downloaded.
-        seed (`int`, *optional*, defaults to 0): of the questions.
-        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side.
     """
 
     name = "hmr2-evaluation"
     licence = "3DPW: non-commercial scientific research only; arranged by 4D-Humans, whose terms for it are not stated"
-
-    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
-        super().__init__(folder, seed)
-        self.image_size = image_size
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "image_size": self.image_size}
 
     def parts(self) -> list[str]:
         parts = []

@@ -132,6 +132,26 @@ class Source(ABC):
         }
 
 
+class PhotoSource(Source):
+    """
+    A data set of photos, of which each person is cut out by [`crop_person`].
+
+    Args:
+        folder (`str` or `Path`): what was downloaded.
+        seed (`int`, *optional*, defaults to 0): of the questions.
+        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side, the vision tower's.
+    """
+
+    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
+        super().__init__(folder, seed)
+        if image_size < 1:
+            raise ValueError(f"expected crops of at least 1 pixel, got {image_size}")
+        self.image_size = image_size
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        return {**super().settings(), "image_size": self.image_size}
+
+
 def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)

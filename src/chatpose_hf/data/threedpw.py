@@ -13,7 +13,7 @@ from ..image_files import open_image
 from ..person_crop import crop_person, keypoint_box
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .rows import NUM_JOINTS
-from .source import Source
+from .source import PhotoSource
 
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -26,7 +26,7 @@ class _Person(NamedTuple):
     is_valid: np.ndarray  # (F,)
 
 
-class ThreeDPW(Source):
+class ThreeDPW(PhotoSource):
     """
     3DPW as its site gives it, in the folder or in `3DPW` there: `sequenceFiles/{train,validation,test}/<sequence>.pkl`
     and `imageFiles/<sequence>/image_00000.jpg`.
@@ -37,22 +37,10 @@ class ThreeDPW(Source):
     A row of task `"pose_estimation"` for each person in each frame with a valid camera and at least 6 detected 2D
     joints (confidence over 0), cropped as everywhere around the joints that are seen. The global orientation is turned
     into the camera frame by the frame's `cam_poses`. A part is a sequence; `validation` is the split val.
-
-    Args:
-        folder (`str` or `Path`): what was downloaded.
-        seed (`int`, *optional*, defaults to 0): of the questions.
-        image_size (`int`, *optional*, defaults to 336): pixels of a crop's side.
     """
 
     name = "3dpw"
     licence = "3DPW: non-commercial scientific research only (virtualhumans.mpi-inf.mpg.de/3DPW)"
-
-    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 336):
-        super().__init__(folder, seed)
-        self.image_size = image_size
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "image_size": self.image_size}
 
     def parts(self) -> list[str]:
         root = self._find_root()
