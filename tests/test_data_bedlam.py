@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from chatpose_hf.data import bedlam
+from chatpose_hf.data import source as source_file
 from chatpose_hf.data.bedlam import Bedlam
 from chatpose_hf.data.rows import validate_row
 
@@ -136,7 +137,7 @@ def test_parts_when_people_of_a_picture_are_far_apart_then_it_is_opened_once(tmp
         write_image(tmp_path, SCENE, name)
     write_image(tmp_path, CLOSEUP, names[0])
     opened = []
-    monkeypatch.setattr(bedlam, "open_image", lambda path: opened.append(path) or Image.open(path))
+    monkeypatch.setattr(source_file, "open_image", lambda path: opened.append(path) or Image.open(path))
     source = Bedlam(tmp_path, image_size=32)
     parts = [f"train/{SCENE}-0000", f"train/{SCENE}-0001", f"train/{SCENE}-0002", f"train/{CLOSEUP}-0000"]
     assert source.parts() == parts

@@ -2,7 +2,6 @@
 
 import glob
 import io
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from ..array_files import MAX_BYTES, NpzFields, value_errors_only
-from ..image_files import open_image
 from ..person_crop import crop_person
 from .rows import NUM_JOINTS
 from .source import BODY_ONLY_MASK, PhotoSource, inside
@@ -120,13 +118,8 @@ class Bedlam(PhotoSource):
         except ValueError:
             self.skip("refused name of an image", name[:200], num_people)
             return None
-        if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
-            self.skip(f"missing image of {scene}", name, num_people)
-            return None
-        try:
-            image = open_image(path)
-        except (ValueError, OSError):
-            self.skip(f"damaged image of {scene}", name, num_people)
+        image = self.open_photo(path, scene, name, num_people)
+        if image is None:
             return None
         is_lying = "closeup" in scene and image.width > image.height
         return image.transpose(Image.Transpose.ROTATE_270) if is_lying else image  # Pillow counts counter-clockwise

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import compress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ class CmuPoses(Source):
 
     def _written_captions(self) -> dict[str, list[tuple[str, str]]]:
         """Kind and text of what people wrote, by pose."""
-        path = Path(self.folder / "captions.jsonl")
+        path = self.folder / "captions.jsonl"
         if not path.exists():
             return {}
         try:

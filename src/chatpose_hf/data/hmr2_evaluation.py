@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from ..array_files import NpzFields, read_limited, value_errors_only
-from ..image_files import open_image
 from ..person_crop import crop_person
 from .rows import NUM_JOINTS
 from .source import PhotoSource, inside
@@ -92,16 +91,7 @@ class Hmr2Evaluation(PhotoSource):
         except ValueError:
             self.skip("refused name of an image", name[:200], num_people)
             return None
-        # `Path.is_file` raises for a name that is too long.
-        path = next(filter(os.path.isfile, places), None)
-        if path is None:
-            self.skip(f"missing image of {file}", name, num_people)
-            return None
-        try:
-            return open_image(path)
-        except (ValueError, OSError):
-            self.skip(f"damaged image of {file}", name, num_people)
-            return None
+        return self.open_photo(next(filter(os.path.isfile, places), None), file, name, num_people)
 
 
 def _open_fields(path: Path) -> NpzFields:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from ..image_files import open_image
 from .prompts import draw_messages
 from .rows import NUM_JOINTS, RowError, validate_row
 
@@ -150,6 +152,17 @@ class PhotoSource(Source):
 
     def settings(self) -> dict[str, str | int | float | None]:
         return {**super().settings(), "image_size": self.image_size}
+
+    def open_photo(self, path: Path | None, group: str, name: str, num_people: int) -> Image.Image | None:
+        """The photo, or `None`, with its people counted as skipped, where it is missing (`None`, or no file) or damaged."""
+        if path is None or not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+            self.skip(f"missing image of {group}", name, num_people)
+            return None
+        try:
+            return open_image(path)
+        except (ValueError, OSError):
+            self.skip(f"damaged image of {group}", name, num_people)
+            return None
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..array_files import PickleFields, read_limited, value_errors_only
-from ..image_files import open_image
 from ..person_crop import crop_person, keypoint_box
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .rows import NUM_JOINTS
@@ -67,7 +65,8 @@ class ThreeDPW(PhotoSource):
             present = [
                 index for index, person in enumerate(people) if self._is_usable(f"{name}/{index}", person, frame)
             ]
-            image = self._open_image(root / "imageFiles" / f"{name}.jpg", sequence, len(present)) if present else None
+            path = root / "imageFiles" / f"{name}.jpg"
+            image = self.open_photo(path, sequence, path.name, len(present)) if present else None
             if image is None:
                 continue
             for index in present:
@@ -91,16 +90,6 @@ class ThreeDPW(PhotoSource):
         else:
             return True
         return False
-
-    def _open_image(self, path: Path, sequence: str, num_people: int) -> Image.Image | None:
-        if not path.is_file():
-            self.skip(f"missing image of {sequence}", path.name, num_people)
-            return None
-        try:
-            return open_image(path)
-        except (ValueError, OSError):
-            self.skip(f"damaged image of {sequence}", path.name, num_people)
-            return None
 
 
 def _load_sequence(path: Path) -> tuple[int, list[_Person]]:
