@@ -4,6 +4,7 @@ The last-layer hidden state at the position that predicts `<POSE>` goes through 
 SMPL's order. Everything else is `LlavaForConditionalGeneration`.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,18 @@ class PoseHead(nn.Module):
             return rot6d_to_rotmat(self.linear_2(features).float().unflatten(-1, (-1, 6)))
 
 
-def compute_pose_loss(pose_rotmats: Tensor, pose_labels: Tensor, pose_mask: Tensor | None = None) -> Tensor:
+def rotmat_l1(pose_rotmats: Tensor, pose_labels: Tensor) -> Tensor:
+    """Mean absolute difference of each joint's matrix entries, `(P, J, 3, 3)` twice to `(P, J)`; the original's."""
+    return (pose_rotmats - pose_labels).abs().mean((-2, -1))
+
+
+def compute_pose_loss(
+    pose_rotmats: Tensor,
+    pose_labels: Tensor,
+    pose_mask: Tensor | None = None,
+    joint_error: Callable[[Tensor, Tensor], Tensor] = rotmat_l1,
+    joint_weights: Tensor | None = None,
+) -> Tensor:
     """
     The original's pose loss for each pose: mean absolute difference of the body's rotation matrices plus that of the
     global orientation, which so weighs as much as the whole body (`hmr_loss` of model/chatpose.py, before the mean).
@@ -120,16 +132,22 @@ def compute_pose_loss(pose_rotmats: Tensor, pose_labels: Tensor, pose_mask: Tens
         pose_rotmats (`torch.Tensor` of shape `(P, J, 3, 3)`): predictions.
         pose_labels (`torch.Tensor` of shape `(P, J, 3, 3)`): targets.
         pose_mask (`torch.Tensor` of shape `(P, J)`, *optional*): nonzero where a joint is supervised; default all.
+        joint_error (`Callable`, *optional*, defaults to [`rotmat_l1`]): `(P, J, 3, 3)` twice to `(P, J)`.
+        joint_weights (`torch.Tensor` of shape `(J,)`, *optional*):
+            How much each joint counts: in the mean over the body, and before the global orientation's error.
 
     Returns:
         `torch.Tensor` of shape `(P,)`; zero for a pose without a supervised joint.
     """
-    mask = torch.ones_like(pose_rotmats[..., 0, 0]) if pose_mask is None else (pose_mask > 0).to(pose_rotmats)
+    weights = torch.ones_like(pose_rotmats[..., 0, 0]) if pose_mask is None else (pose_mask > 0).to(pose_rotmats)
     # What stands in an unsupervised slot may be anything, NaN included: replace it, do not multiply it by zero.
-    pose_labels = torch.where(mask[..., None, None] > 0, pose_labels.to(pose_rotmats), pose_rotmats.detach())
-    joint_error = (pose_rotmats - pose_labels).abs().mean((-2, -1)) * mask
-    body_error = joint_error[:, 1:].sum(-1) / mask[:, 1:].sum(-1).clamp(min=1)
-    return body_error + joint_error[:, 0]
+    pose_labels = torch.where(weights[..., None, None] > 0, pose_labels.to(pose_rotmats), pose_rotmats.detach())
+    if joint_weights is not None:
+        weights = weights * joint_weights.to(weights)
+    errors = joint_error(pose_rotmats, pose_labels) * weights
+    body_weight = weights[:, 1:].sum(-1)
+    body_error = errors[:, 1:].sum(-1) / torch.where(body_weight > 0, body_weight, 1.0)
+    return body_error + errors[:, 0]
 
 
 class PoseStateCollector:
@@ -210,6 +228,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
 
     Args:
         config ([`ChatPoseConfig`]): the LLaVA's configuration with the pose token and the head's sizes.
+
+    Attributes:
+        pose_loss_function (`Callable`):
+            What compares poses in `forward`, with the arguments and the result of [`compute_pose_loss`], which it is.
     """
 
     config: ChatPoseConfig
@@ -219,6 +241,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: ChatPoseConfig):
         super().__init__(config)
         self.pose_head = PoseHead(config)
+        # As transformers' `loss_function` for the words: another may be put in its place; it is not saved.
+        self.pose_loss_function: Callable[[Tensor, Tensor, Tensor | None], Tensor] = compute_pose_loss
         self.post_init()
 
     @torch.no_grad()
@@ -312,8 +336,13 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             model.to(text_model.device)
         vocabulary = len(processor.tokenizer)
         if vocabulary > model.get_input_embeddings().num_embeddings:
+            old = model.get_input_embeddings().num_embeddings
             # A multiple of 64 keeps the matrix products of the output layer on the hardware's fast path.
-            model.resize_token_embeddings(vocabulary, pad_to_multiple_of=64)
+            model.resize_token_embeddings(vocabulary, pad_to_multiple_of=64, mean_resizing=False)
+            # The mean, not a random draw: an adapter finds the same base again.
+            with torch.no_grad():
+                for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    embeddings.weight[old:] = embeddings.weight[:old].float().mean(0).to(embeddings.weight.dtype)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, getattr(processor.tokenizer, name))
@@ -398,22 +427,30 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         loss = ce_loss = pose_loss = pose_rotmats = None
         if labels is not None:
             labels = labels.to(logits.device)
-            scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            is_label = labels[:, 1:] != -100
+            num_tokens = is_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             ce_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **scale
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_tokens,
             )
             is_pose = labels[:, 1:] == self.config.pose_token_id
-            pose_rotmats = self.pose_head(hidden_states[:, :-1][is_pose])
+            # One state more, and one call whatever the batch holds: DDP waits for a gradient of every trained weight, and
+            # FSDP for every process at every module.
+            rotmats = self.pose_head(torch.cat([hidden_states[:, :-1][is_pose], hidden_states[:1, 0]]))
+            pose_rotmats, unused = rotmats[:-1], rotmats[-1:].sum() * 0.0
             pose_errors = self._pose_errors(pose_rotmats, is_pose, pose_labels, pose_mask)
             if pose_errors is None:
-                # DDP waits for every trained weight's gradient: a batch without poses runs the head too, for nothing.
-                pose_loss = self.pose_head(hidden_states[:1, 0]).sum() * 0.0
+                pose_loss = unused
             else:
                 errors, num_poses = pose_errors
-                pose_loss = errors.sum() / (num_poses if num_poses_in_batch is None else num_poses_in_batch)
+                pose_loss = errors.sum() / (num_poses if num_poses_in_batch is None else num_poses_in_batch) + unused
                 if num_poses_in_batch is None and num_items_in_batch is not None:
-                    pose_loss = pose_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+                    pose_loss = pose_loss * (is_label.sum() / num_items_in_batch)
             loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
+            if pixel_values is None and self._needs_every_module():
+                loss = loss + self._touch_vision()
             ce_loss, pose_loss = ce_loss.detach(), pose_loss.detach()
         elif pose_labels is not None:
             raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
@@ -455,7 +492,19 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         pose_labels = pose_labels[:num_tokens]
         pose_mask = None if pose_mask is None else pose_mask[:num_tokens]
         num_poses = num_tokens if pose_mask is None else (pose_mask > 0).any(-1).sum().clamp(min=1)
-        return compute_pose_loss(pose_rotmats, pose_labels, pose_mask), num_poses
+        return self.pose_loss_function(pose_rotmats, pose_labels, pose_mask), num_poses
+
+    def _needs_every_module(self) -> bool:
+        """Whether some process would wait for this one to use the vision path: it is trained, or cut into shards."""
+        vision = (*self.model.vision_tower.parameters(), *self.model.multi_modal_projector.parameters())
+        # FSDP2's weights have a mesh, DeepSpeed ZeRO-3's an id.
+        return any(w.requires_grad or hasattr(w, "device_mesh") or hasattr(w, "ds_id") for w in vision)
+
+    def _touch_vision(self) -> Tensor:
+        """Zero, computed through the vision path."""
+        size = self.config.vision_config.image_size
+        blank = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.lm_head.weight.device)
+        return torch.stack([features.sum() for features in self.get_image_features(blank).pooler_output]).sum() * 0.0
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *args, force_pose: bool = False, **kwargs):
