@@ -1,7 +1,6 @@
 """Processor of ChatPose: pictures and chats in, tensors out; generated tokens in, words and SMPL parameters out."""
 
 import json
-from copy import deepcopy
 
 import torch
 from transformers import AddedToken, LlavaProcessor
@@ -288,7 +287,7 @@ class ChatPoseProcessor(LlavaProcessor):
             ValueError: for content of an unknown kind, and where answers cannot be told from the template's text.
         """
         is_batched = bool(conversation) and not isinstance(conversation[0], dict)
-        chats = deepcopy(list(conversation)) if is_batched else [deepcopy(list(conversation))]
+        chats = [_copy_chat(chat) for chat in (conversation if is_batched else [conversation])]
         for row, chat in enumerate(chats):
             self._write_poses_as_text(row, chat)
         if return_assistant_tokens_mask and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
@@ -411,6 +410,16 @@ class ChatPoseProcessor(LlavaProcessor):
                 }
             )
         return replies
+
+
+def _copy_chat(chat: list[dict]) -> list[dict]:
+    """Messages and parts are copied, pictures are not."""
+    return [
+        {**message, "content": [dict(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in chat
+    ]
 
 
 def _adapt_chat_template(tokenizer, template: str | dict | None, image_token: str) -> str:

@@ -60,6 +60,18 @@ class Mixture(torch.utils.data.Dataset):
         start = first % size
         return np.concatenate(permutations)[start : start + count]
 
+    def gather(self, per_source: Sequence[np.ndarray]) -> np.ndarray:
+        """What is known about each row of each source, such as its length, for the rows of the epoch in their order."""
+        gathered = np.empty(len(self), dtype=np.result_type(*per_source))
+        for number, values in enumerate(per_source):
+            is_its = self._source_of_row == number
+            gathered[is_its] = values[self._row_in_source[is_its]]
+        return gathered
+
+    @property
+    def sources(self) -> list[Dataset]:
+        return self._sources
+
     def __len__(self) -> int:
         return sum(self._counts)
 
@@ -93,6 +105,7 @@ class MixtureStream(torch.utils.data.IterableDataset):
     ):
         self._shares = _shares(sources, weights)
         # Pictures are decoded when a row leaves, not while rows that were seen already are passed over.
+        self._decodes = [source.features["images"].feature.decode for source in sources]
         self._sources = [source.decode(False) for source in sources]
         self._seed = seed
         self._buffer_size = buffer_size
@@ -117,14 +130,16 @@ class MixtureStream(torch.utils.data.IterableDataset):
         first, self._resume_at = self._resume_at, 0
         self._seen = first
         # `IterableDataset.state_dict` would forget what lies in the shuffle buffers, so rows are counted here.
-        for row in islice(self._stream(), first, None):
+        for number, row in islice(self._stream(), first, None):
             self._seen += 1
-            if row["images"]:
+            if row["images"] and self._decodes[number]:
                 row["images"] = [_DECODER.decode_example(image) for image in row["images"]]
             yield redraw_messages(row, self._seed, self._epoch)
 
-    def _stream(self) -> Iterator[dict]:
+    def _stream(self) -> Iterator[tuple[int, dict]]:
         """
+        Each row and the number of its source.
+
         Not by `interleave_datasets`, which hands every single row through a thread: five times the time of the bare
         streams, with datasets 5.2; picking in this loop costs little; reading ahead in runs of each stream took twice as long.
         """
@@ -144,7 +159,7 @@ class MixtureStream(torch.utils.data.IterableDataset):
                 row = next(streams[number], None)
                 if row is None:
                     return
-                yield row
+                yield number, row
 
     def _seed_of(self, number: int) -> int:
         """The same on every rank, so that ranks cut one and the same order."""

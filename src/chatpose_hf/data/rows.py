@@ -199,7 +199,9 @@ def _encode(row: dict) -> dict:
     }
 
 
-def load_rows(name: str | Path, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
+def load_rows(
+    name: str | Path, split: str = "train", streaming: bool = False, decode: bool = True, revision: str | None = None
+) -> Dataset | IterableDataset:
     """
     Rows from a folder that `chatpose data` wrote, a Parquet file, or the Hub.
 
@@ -207,6 +209,8 @@ def load_rows(name: str | Path, split: str = "train", streaming: bool = False) -
         name (`str` or `Path`): the folder, the file, or the Hub's id.
         split (`str`, *optional*, defaults to `"train"`): which split; a single file is taken whatever it says.
         streaming (`bool`, *optional*, defaults to `False`): read while iterating, without a copy in the cache.
+        decode (`bool`, *optional*, defaults to `True`): give pictures, not their bytes.
+        revision (`str`, *optional*): on the Hub.
 
     Raises:
         ValueError: where the columns are not those of a row.
@@ -216,15 +220,21 @@ def load_rows(name: str | Path, split: str = "train", streaming: bool = False) -
         files = [name] if Path(name).is_file() else sorted(Path(name).glob(f"{split}/*.parquet"))
         if not files:
             raise FileNotFoundError(f"expected Parquet files of rows in {Path(name) / split}, found none")
-        rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train", streaming=streaming)
+        where = {"path": "parquet", "data_files": [str(file) for file in files], "split": "train"}
     else:
-        rows = load_dataset(str(name), split=split, streaming=streaming)
-    if rows.features != FEATURES:
+        where = {"path": str(name), "split": split, "revision": revision}
+    # A stream knows its columns before anything is copied.
+    stream = load_dataset(**where, streaming=True)
+    if stream.features != FEATURES:
         raise ValueError(
-            f"expected rows with the columns {', '.join(FEATURES)} in {name}, got {', '.join(rows.features or ['none'])} "
+            f"expected rows with the columns {', '.join(FEATURES)} in {name}, got {', '.join(stream.features or ['none'])} "
             "or other types; make rows with `chatpose data`"
         )
-    return rows
+    if streaming:
+        return stream if decode else stream.decode(False)
+    # Not by `cast_column`, which would copy the data set once more.
+    undecoded = {} if decode else {"features": Features({**FEATURES, "images": List(Image(decode=False))})}
+    return load_dataset(**where, **undecoded)
 
 
 def caption_texts(row: dict, kinds: Sequence[str] | None = None) -> list[str]:
