@@ -9,9 +9,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
-from .configuration_chatpose import ChatPoseConfig
-from .modeling_chatpose import ChatPoseForConditionalGeneration
-from .processing_chatpose import ChatPoseProcessor
+# By the package's names, which make the Auto classes know ChatPose: a folder's own code is never asked for.
+from . import ChatPoseConfig, ChatPoseForConditionalGeneration, ChatPoseProcessor
 
 
 METHODS = ("lora", "full")
@@ -91,7 +90,9 @@ def prepare_model(
     """
     is_quantized = getattr(model, "is_loaded_in_4bit", False)
     if is_quantized and tuning.method == "full":
-        raise ValueError("expected `method=lora` for a model loaded in 4 bits, got full: quantised weights do not train")
+        raise ValueError(
+            "expected `method=lora` for a model loaded in 4 bits, got full: quantised weights do not train"
+        )
     trained = _trained_modules(model, tuning)
     if tuning.method == "full":
         model.requires_grad_(False)
@@ -135,7 +136,9 @@ def _trained_modules(model: ChatPoseForConditionalGeneration, tuning: TuningArgu
         names.append("model.multi_modal_projector")
     if tuning.vision_layers:
         # Layers above the one whose output is taken get no gradient: DDP would wait for them.
-        layer_names = [name for name, _ in model.named_modules() if re.fullmatch(r".*vision_tower.*\.layers\.\d+", name)]
+        layer_names = [
+            name for name, _ in model.named_modules() if re.fullmatch(r".*vision_tower.*\.layers\.\d+", name)
+        ]
         taken = model.config.vision_feature_layer
         taken = taken if isinstance(taken, list | tuple) else [taken]
         used = layer_names[: max(layer if layer >= 0 else len(layer_names) + 1 + layer for layer in taken)]
@@ -144,7 +147,9 @@ def _trained_modules(model: ChatPoseForConditionalGeneration, tuning: TuningArgu
         if tuning.vision_layers == -1:
             tower = used[0].split(".encoder.")[0]
             above = ("encoder", "post_layernorm", "head")
-            names += [f"{tower}.{name}" for name, _ in model.get_submodule(tower).named_children() if name not in above]
+            names += [
+                f"{tower}.{name}" for name, _ in model.get_submodule(tower).named_children() if name not in above
+            ]
         names += used if tuning.vision_layers == -1 else used[-tuning.vision_layers :]
     return names
 
@@ -200,7 +205,9 @@ def load_base(
         return ChatPoseForConditionalGeneration.from_pretrained(name, revision=revision, **kwargs)
     if model_type == "llava":
         return ChatPoseForConditionalGeneration.from_llava(name, processor=processor, revision=revision, **kwargs)
-    raise ValueError(f"expected a ChatPose or a LLaVA-1.5 checkpoint in {name!r}, got one of model type {model_type!r}")
+    raise ValueError(
+        f"expected a ChatPose or a LLaVA-1.5 checkpoint in {name!r}, got one of model type {model_type!r}"
+    )
 
 
 def load_trained(

@@ -86,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--endpoint-model", metavar="NAME", help="the model's name there")
     data.set_defaults(run=_data)
 
+    train = commands.add_parser("train", help="train on rows", description=_train.__doc__, add_help=False)
+    train.set_defaults(run=_train)
+
     convert_smpl = commands.add_parser(
         "convert-smpl", help="SMPL .pkl to clean .npz", description=_convert_smpl.__doc__
     )
@@ -104,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     env = commands.add_parser("env", help="print versions and devices", description=_env.__doc__)
     env.set_defaults(run=_env)
 
-    options = parser.parse_args(arguments)
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
@@ -374,6 +379,13 @@ def _data(options) -> int:
     elif not any(record.rows for record in records):
         raise ValueError(f"found nothing of {options.source} to make rows of in {options.input}")
     return 1 if errors else 0
+
+
+def _train(options) -> int:
+    """Trains on rows, by flags or a YAML file of settings; `chatpose train --help` lists them."""
+    from .training import train
+
+    return train(options.rest)
 
 
 def _convert_smpl(options) -> None:

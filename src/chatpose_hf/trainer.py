@@ -1,0 +1,537 @@
+"""The HF `Trainer` for rows with poses: exact over accumulated and distributed batches, exact when it goes on after a stop."""
+
+import dataclasses
+import json
+import math
+import signal
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.utils.data
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from .adapters import count_parameters
+from .atomic_write import write_atomically
+from .body import JOINT_NAMES, PARENTS, BodyModel
+from .card import make_card
+from .checkpoints import seal
+from .collator import ChatPoseCollator, read_report
+from .data.mixture import Mixture
+from .processing_chatpose import ChatPoseProcessor
+from .rotations import geodesic_distance
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "run.json"
+BAD_LOSS_FILE = "bad_loss.json"
+SKIPPED_FILE = "skipped_rows.jsonl"
+_SUMS_FILE = "log_sums.json"
+_STAGING = ".saving"
+# What is summed up between two logs, on the device.
+_SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens")
+
+
+@dataclass
+class ChatPoseTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with other defaults and these fields.
+
+    Args:
+        max_length (`int`, *optional*): most tokens of a row; see [`ChatPoseCollator`].
+        on_bad_row (`str`, *optional*, defaults to `"stop"`): `"stop"` or `"skip"`; see [`ChatPoseCollator`].
+        vision_learning_rate (`float`, *optional*): of the vision tower, where it is trained; `learning_rate` by default.
+        body (`str`, *optional*, defaults to `"default"`): the body whose joints the evaluation measures.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "the highest learning rate"})
+    logging_steps: float = field(default=10, metadata={"help": "optimizer steps from log to log"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "must be false: rows are made in the collator"}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "most tokens of a row, image tokens included"})
+    on_bad_row: str = field(default="stop", metadata={"help": "stop or skip: rows that cannot be trained on"})
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "of the vision tower"})
+    body: str = field(default="default", metadata={"help": "body of the evaluation's millimetres"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("expected `remove_unused_columns=False`: the collator needs all columns of a row")
+        # Ours stops at the first loss that is not finite; the Trainer's would hide it.
+        self.logging_nan_inf_filter = False
+
+
+class BadLossError(RuntimeError):
+    """A loss that is not finite. `rows` are the ids of its batch, `file` the record that was written."""
+
+    def __init__(self, step: int, rows: list[str], file: Path):
+        super().__init__(
+            f"the loss of step {step} is not finite; the weights were not changed by it. Its rows are {', '.join(rows)}; "
+            f"{file} keeps them. Mend or remove them, or lower the learning rate, and go on from the last checkpoint"
+        )
+        self.rows = rows
+        self.file = file
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """
+    A new order for each epoch, by seed and epoch alone; with lengths, rows of like length side by side.
+
+    Args:
+        dataset: has a length.
+        seed (`int`): of all orders.
+        lengths (`Callable`, *optional*): called once an epoch for the rows' lengths.
+        batch_size (`int`, *optional*, defaults to 1): rows that go into one step.
+    """
+
+    def __init__(self, dataset, seed: int, lengths: Callable[[], np.ndarray] | None = None, batch_size: int = 1):
+        self._dataset = dataset
+        self._seed = seed
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        if self._lengths is None:
+            return iter(torch.randperm(len(self), generator=generator).tolist())
+        return iter(get_length_grouped_indices(self._lengths().tolist(), self._batch_size, generator=generator))
+
+
+class _RunCallback(TrainerCallback):
+    """Tells the data of the epoch, and ends the run in order when the process is told to end."""
+
+    def __init__(self, trainer: "ChatPoseTrainer"):
+        self._trainer = trainer
+        self._old_handler = None
+        self.is_terminated = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.restart_sums()
+
+        def handle(number, frame):
+            logger.warning("told to end: saving a checkpoint after this step")
+            self.is_terminated = True
+
+        try:
+            self._old_handler = signal.signal(signal.SIGTERM, handle)
+        except ValueError:  # not in the main thread
+            self._old_handler = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Every process has to leave after the same step.
+        if self._trainer.is_any(self.is_terminated):
+            control.should_save = control.should_training_stop = True
+
+
+class ChatPoseTrainer(Trainer):
+    """
+    Trains a [`ChatPoseForConditionalGeneration`], bare or wrapped in PEFT, on rows.
+
+    - Both terms of the loss are divided by what the whole accumulated batch of all processes holds, so how it is split
+      changes nothing.
+    - Logs `ce_loss`, `pose_loss`, `pose_angle_deg` (mean geodesic error of the supervised joints), `tokens_per_second`,
+      `poses_per_second` beside the Trainer's own.
+    - `evaluate` gives the exact means over all tokens and poses, teacher-forced: `eval_loss`, `eval_ce_loss`,
+      `eval_pose_loss`, `eval_pose_angle_deg`, and `eval_mpjpe_mm` on the body `args.body`, pelvis at its place, global
+      orientation included, over the joints whose ancestors are all supervised.
+    - Checkpoints are whole or not there ([`checkpoints.seal`]) and hold adapter or model, processor and card.
+    - SIGTERM saves a checkpoint after the step; a loss that is not finite stops before the step, with the rows' ids.
+
+    Args:
+        model: to train; see [`adapters.prepare_model`].
+        args ([`ChatPoseTrainingArguments`]): settings.
+        processing_class ([`ChatPoseProcessor`]): the model's.
+        train_dataset, eval_dataset:
+            Rows: a `datasets.Dataset`, a [`Mixture`], or a stream of rows; see [`data.rows.load_rows`].
+        run (`dict`, *optional*): what the card and `run.json` say of this run beside what the trainer knows.
+        kwargs: as in [`~transformers.Trainer`].
+
+    Raises:
+        BadLossError: from `train`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ChatPoseTrainingArguments,
+        processing_class: ChatPoseProcessor,
+        train_dataset=None,
+        eval_dataset=None,
+        run: dict | None = None,
+        **kwargs,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"expected one process for each device, got one for {args.n_gpu}; start it with `torchrun "
+                "--nproc-per-node N` or `accelerate launch`, or show it one device (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if args.dataloader_persistent_workers and hasattr(train_dataset, "set_epoch"):
+            raise ValueError("expected no `dataloader_persistent_workers`: they would draw every epoch like the first")
+        collator = ChatPoseCollator(processing_class, args.max_length, args.on_bad_row, report_rows=True)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._summarise,
+            **kwargs,
+        )
+        self._run_callback = _RunCallback(self)
+        self.add_callback(self._run_callback)
+        self._run = run or {}
+        self._body: BodyModel | None = None
+        self._sampler: EpochSampler | None = None
+        self.restart_sums()
+        self._num_skipped = self._num_truncated = 0
+        self._is_staging = False
+
+    @property
+    def was_terminated(self) -> bool:
+        """Whether training ended because the process was told to end."""
+        return self._run_callback.is_terminated
+
+    def is_any(self, value: bool) -> bool:
+        """Whether it is so on any process."""
+        if self.args.world_size == 1:
+            return value
+        return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), "sum") > 0)
+
+    # -- data --
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        For sampler and rows. (accelerate 1.15 reaches only one of the two, and on several processes not the rows.)
+        """
+        for part in (self._sampler, self.train_dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        lengths = None
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = self._make_lengths(dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._sampler = EpochSampler(dataset, self.args.data_seed or self.args.seed, lengths, batch_size)
+        return self._sampler
+
+    def _make_lengths(self, dataset) -> Callable[[], np.ndarray]:
+        """Lengths in tokens, but for the template; of the conversations as stored, which other epochs' resemble."""
+        sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
+        per_source = [self._count_tokens(source) for source in sources]
+        return (lambda: dataset.gather(per_source)) if isinstance(dataset, Mixture) else (lambda: per_source[0])
+
+    def _count_tokens(self, source) -> np.ndarray:
+        tokenizer, per_image = self.processing_class.tokenizer, self.processing_class.num_image_tokens
+        lengths = []
+        for batch in source.select_columns("messages").iter(batch_size=1000):
+            parts = [[part for message in row for part in message["content"]] for row in batch["messages"]]
+            texts = [" ".join(part["text"] or "" for part in row) for row in parts]
+            tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            images = [sum(part["type"] == "image" for part in row) for row in parts]
+            lengths += [len(ids) + count * per_image for ids, count in zip(tokens, images, strict=True)]
+        return np.array(lengths)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Counts the supervised poses where the Trainer counts the label tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_poses = sum(((batch["pose_mask"] > 0).any(-1).sum() for batch in batches), torch.tensor(0)).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_poses = self.accelerator.gather(num_poses).sum()
+        for batch in batches:
+            batch["num_poses_in_batch"] = num_poses.clamp(min=1)
+        return batches, num_items if num_items is None else num_items.clamp(min=1)
+
+    # -- training --
+
+    def create_optimizer(self, model=None):
+        """With the vision tower's own learning rate."""
+        super().create_optimizer(model)
+        rate = self.args.vision_learning_rate
+        if rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            vision = {id(weight) for name, weight in named if ".vision_tower." in name}
+            for group in list(self.optimizer.param_groups):
+                own = [weight for weight in group["params"] if id(weight) in vision]
+                if own:
+                    group["params"] = [weight for weight in group["params"] if id(weight) not in vision]
+                    self.optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss; keeps what `log` reports."""
+        inputs = dict(inputs)
+        report = read_report(inputs.pop("row_report"))
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._check_loss(loss, outputs, report)
+        self._add_to_sums(inputs, outputs, report)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(self, loss: Tensor, outputs, report: dict) -> None:
+        if math.isfinite(loss.item()):
+            return
+        file = Path(self.args.output_dir) / BAD_LOSS_FILE
+        step = self.state.global_step + 1
+        terms = {name: str(outputs[name].item()) for name in ("ce_loss", "pose_loss")}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"step": step, "rows": report["rows"], **terms}, indent=1).encode())
+        raise BadLossError(step, report["rows"], file)
+
+    @torch.no_grad()
+    def _add_to_sums(self, inputs: dict, outputs, report: dict) -> None:
+        mask = inputs["pose_mask"] > 0
+        count = len(outputs["pose_rotmats"])
+        angles = geodesic_distance(outputs["pose_rotmats"].float(), inputs["pose_labels"][:count].float())
+        values = (
+            outputs["ce_loss"],
+            outputs["pose_loss"],
+            torch.where(mask[:count], angles, 0.0).sum(),
+            mask.sum(),
+            mask.any(-1).sum(),
+            inputs["attention_mask"].sum(),
+        )
+        self._sums += torch.stack([value.to(self._sums) for value in values])
+        if report["skipped"]:
+            with (Path(self.args.output_dir) / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+                for name, reason in report["skipped"]:
+                    file.write(f"{json.dumps({'id': name, 'reason': reason}, ensure_ascii=False)}\n")
+        self._num_skipped += len(report["skipped"])
+        self._num_truncated += len(report["truncated"])
+
+    def restart_sums(self, values: list[float] | None = None, steps: int = 0, seconds: float = 0.0) -> None:
+        self._sums = torch.zeros(len(_SUMS), device=self.args.device)
+        if values is not None:
+            self._sums += torch.tensor(values, device=self.args.device)
+        self._first_step = self.state.global_step - steps
+        self._interval_start = time.monotonic() - seconds
+
+    def _total(self, values: Tensor) -> list[float]:
+        return (self.accelerator.reduce(values.clone(), "sum") if self.args.world_size > 1 else values).tolist()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the loss and the speeds to what the Trainer logs of training steps."""
+        if "loss" in logs:
+            seconds = time.monotonic() - self._interval_start
+            steps = self.state.global_step - self._first_step
+            sums = dict(zip(_SUMS, self._total(self._sums), strict=True))
+            ce_loss, pose_loss = sums["ce_loss"] / steps, sums["pose_loss"] / steps
+            config = self._bare_model().config
+            # From the sums, which a checkpoint keeps: the Trainer's own begins anew after a stop.
+            logs["loss"] = config.ce_loss_weight * ce_loss + config.pose_loss_weight * pose_loss
+            logs["ce_loss"], logs["pose_loss"] = ce_loss, pose_loss
+            if sums["joints"]:
+                logs["pose_angle_deg"] = math.degrees(sums["angle"] / sums["joints"])
+            logs["tokens_per_second"], logs["poses_per_second"] = sums["tokens"] / seconds, sums["poses"] / seconds
+            counts = torch.tensor([self._num_skipped, self._num_truncated], device=self.args.device)
+            for name, count in zip(("skipped_rows", "truncated_rows"), self._total(counts), strict=True):
+                if count:
+                    logs[name] = int(count)
+            self.restart_sums()
+        super().log(logs, start_time)
+
+    def _bare_model(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    # -- evaluation --
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the Trainer's; its time does not count in the speeds."""
+        start = time.monotonic()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._interval_start += time.monotonic() - start
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Sums over tokens and poses for each row, which the Trainer gathers as if they were logits."""
+        inputs = self._prepare_inputs(inputs)
+        report = read_report(inputs.pop("row_report"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            sums = self._sum_rows(inputs, outputs)
+        # As many rows as the sampler gave: processes exchange tensors of one size.
+        sums = nn.functional.pad(sums[: len(report["rows"])], (0, 0, 0, len(report["skipped"])))
+        return None, sums, torch.zeros(len(sums), device=sums.device)
+
+    def _sum_rows(self, inputs: dict, outputs) -> Tensor:
+        """`(B, 7)`: CE, tokens; pose loss, poses; angles, joints; distances, joints with a known place."""
+        labels = inputs["labels"][:, 1:]
+        ce = nn.functional.cross_entropy(outputs["logits"][:, :-1].float().transpose(1, 2), labels, reduction="none")
+        row_of_pose = (labels == self._bare_model().config.pose_token_id).nonzero()[:, 0]
+        count = len(row_of_pose)
+        rotmats, targets = outputs["pose_rotmats"].float(), inputs["pose_labels"][:count].float()
+        mask = inputs["pose_mask"][:count] > 0
+        losses = self._bare_model().pose_loss_function(rotmats, targets, mask)
+        angles = torch.where(mask, geodesic_distance(rotmats, targets), 0.0)
+        if self._body is None:
+            self._body = BodyModel.load(self.args.body)
+        body = self._body.to(rotmats.device)
+        # A joint's own rotation does not move it; those of its ancestors do.
+        is_placed = mask.new_ones(count, len(PARENTS))
+        for joint, parent in enumerate(PARENTS[1:], start=1):
+            is_placed[:, joint] = is_placed[:, parent] & mask[:, parent]
+        shared = [
+            joint for joint, name in enumerate(JOINT_NAMES) if body.joint_names[joint] == name
+        ]  # not SMPL-X's jaw
+        distances = (body.joints(rotmats) - body.joints(targets)).norm(dim=-1)[:, shared]
+        is_placed = is_placed[:, shared]
+        of_poses = torch.stack(
+            [
+                losses,
+                mask.any(-1),
+                angles.sum(-1),
+                mask.sum(-1),
+                torch.where(is_placed, distances, 0.0).sum(-1),
+                is_placed.sum(-1),
+            ],
+            dim=1,
+        )
+        of_tokens = torch.stack([ce.sum(-1), (labels != -100).sum(-1)], dim=1)
+        zeros = torch.zeros(len(labels), of_poses.shape[1], device=labels.device)
+        return torch.cat([of_tokens, zeros.index_add(0, row_of_pose, of_poses)], dim=1)
+
+    def _summarise(self, prediction: EvalPrediction) -> dict[str, float]:
+        ce, tokens, pose, poses, angle, joints, distance, placed = prediction.predictions.astype(np.float64).sum(0)
+        config = self._bare_model().config
+        metrics = {"ce_loss": ce / max(tokens, 1), "loss": config.ce_loss_weight * ce / max(tokens, 1)}
+        if poses:
+            metrics["loss"] += config.pose_loss_weight * pose / poses
+            metrics["pose_loss"] = pose / poses
+            metrics["pose_angle_deg"] = math.degrees(angle / joints)
+            metrics["mpjpe_mm"] = 1000 * distance / placed
+        return {name: float(value) for name, value in metrics.items()}
+
+    # -- files --
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / _STAGING) if self._is_staging else folder
+
+    def _save_checkpoint(self, model, trial):
+        """All of a checkpoint or none: written aside, sealed, then named."""
+        start = time.monotonic()
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = output_dir / _STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        sums = self._total(self._sums)
+        try:
+            self._is_staging = True
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"cannot write {output_dir / name}: {error}. Nothing of it was kept, and the checkpoints before it are "
+                "whole; make room and go on from the last one"
+            ) from error
+        finally:
+            self._is_staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._seal(staging / name, sums, output_dir)
+        self.accelerator.wait_for_everyone()
+        self._interval_start += time.monotonic() - start
+
+    def _seal(self, folder: Path, sums: list[float], output_dir: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(output_dir / folder.name)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        record = {
+            "sums": sums,
+            "steps": self.state.global_step - self._first_step,
+            "seconds": time.monotonic() - self._interval_start,
+        }
+        (folder / _SUMS_FILE).write_text(json.dumps(record), encoding="utf-8")
+        seal(folder, folder.name)
+        folder.parent.rmdir()
+        rotate_checkpoints(
+            output_dir=str(output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=False,
+        )
+
+    def _load_rng_state(self, checkpoint):
+        # The last that is restored of a checkpoint, before the first step.
+        super()._load_rng_state(checkpoint)
+        file = None if checkpoint is None else Path(checkpoint) / _SUMS_FILE
+        if file is not None and file.is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            # The sums are those of all processes: one of them goes on with them.
+            sums = record["sums"] if self.is_world_process_zero() else None
+            self.restart_sums(sums, record["steps"], record["seconds"])
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # A pickle that nothing reads; run.json says the same as text.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        run = self._describe_run()
+        write_atomically(folder / RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False).encode())
+        is_adapter = (folder / "adapter_config.json").is_file()
+        write_atomically(folder / "README.md", make_card(run, is_adapter=is_adapter).encode())
+
+    def _describe_run(self) -> dict:
+        model = self.accelerator.unwrap_model(self.model)
+        is_adapter = isinstance(model, PeftModel)
+        base = model.peft_config["default"] if is_adapter else None
+        figures = [logs for logs in self.state.log_history if "eval_loss" in logs]
+        devices = "CPU" if self.args.device.type == "cpu" else torch.cuda.get_device_name(self.args.device)
+        return {
+            "base_model": base.base_model_name_or_path if base else None,
+            "base_revision": base.revision if base else None,
+            "method": "lora" if is_adapter else "full",
+            "trainable_parameters": {part: trained for part, (trained, _) in count_parameters(model).items()},
+            "versions": {name: _version(name) for name in ("chatpose_hf", "transformers", "torch", "peft")},
+            "hardware": f"{self.args.world_size} x {devices}",
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "metrics": {k: v for k, v in (figures[-1] if figures else {}).items() if k.startswith("eval_")},
+            "body": self.args.body,
+            **self._run,
+        }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

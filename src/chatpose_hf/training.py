@@ -1,0 +1,346 @@
+"""`chatpose train`: settings in, a trained adapter or model out."""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from .adapters import TuningArguments, count_parameters, format_parameters, load_base, prepare_model
+from .atomic_write import write_atomically
+from .checkpoints import find_last_checkpoint, list_checkpoints
+from .data.mixture import Mixture, MixtureStream
+from .data.rows import load_rows
+from .pose_losses import PoseLoss
+from .processing_chatpose import ChatPoseProcessor
+from .trainer import ChatPoseTrainer, ChatPoseTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+CONFIG_FILE = "config.yaml"
+# Set by other settings.
+_DERIVED = ("do_eval", "dataloader_pin_memory", "logging_nan_inf_filter")
+# Of a run that was told to end and saved: what a shell reports for SIGTERM.
+TERMINATED = 128 + 15
+
+
+@dataclass
+class ModelArguments:
+    """
+    What training starts from.
+
+    Args:
+        model (`str`): folder or Hub id of a ChatPose, or of a LLaVA-1.5 in transformers' layout.
+        revision (`str`, *optional*): its branch, tag or commit on the Hub.
+        dtype (`str`, *optional*):
+            `"float32"`, `"bfloat16"` or `"float16"`, of the weights in memory; by default that of `--bf16` or `--fp16`
+            for LoRA, whose updates are float32, and float32 otherwise.
+        attn_implementation (`str`, *optional*): such as `"sdpa"` or `"flash_attention_2"`.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            QLoRA: the language model in 4 bits, by bitsandbytes.
+    """
+
+    model: str = field(metadata={"help": "folder or Hub id of a ChatPose or a LLaVA-1.5"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32, bfloat16 or float16, of the weights in memory"}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the language model in 4 bits (bitsandbytes)"})
+
+    def __post_init__(self):
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"expected `dtype` of float32, bfloat16, float16, got {self.dtype!r}")
+
+
+@dataclass
+class DataArguments:
+    """
+    What is trained and evaluated on.
+
+    Args:
+        train_data (`list[str]`):
+            Folders, Parquet files or Hub ids of rows; `NAME=WEIGHT` each for a mixture in other shares than equal ones. In
+            YAML also a mapping of names to weights.
+        eval_data (`list[str]`, *optional*): of the same form, without weights; all of their rows are evaluated.
+        train_split (`str`, *optional*, defaults to `"train"`), eval_split (`str`, *optional*, defaults to `"val"`):
+            Splits.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read while training, without a copy; needs `max_steps`.
+    """
+
+    train_data: list[str] = field(metadata={"help": "folders, files or Hub ids of rows; NAME=WEIGHT for a mixture"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "rows to evaluate on"})
+    train_split: str = field(default="train", metadata={"help": "split of train_data"})
+    eval_split: str = field(default="val", metadata={"help": "split of eval_data"})
+    streaming: bool = field(default=False, metadata={"help": "read while training, without a copy; needs max_steps"})
+
+
+@dataclass
+class LossArguments:
+    """
+    The loss, `ce_loss_weight * CE + pose_loss_weight * pose`; the original's by default.
+
+    Args:
+        ce_loss_weight (`float`, *optional*), pose_loss_weight (`float`, *optional*): the model's own by default.
+        joint_error (`str`, *optional*, defaults to `"rotmat_l1"`),
+        joint_weights (`list[str]`, *optional*): as `NAME=WEIGHT`,
+        joint_position_weight (`float`, *optional*, defaults to 0):
+            See [`PoseLoss`]. Positions are those of the default body.
+    """
+
+    ce_loss_weight: float | None = field(default=None, metadata={"help": "of the words (default: the model's, 1.0)"})
+    pose_loss_weight: float | None = field(default=None, metadata={"help": "of the poses (default: the model's, 0.1)"})
+    joint_error: str = field(default="rotmat_l1", metadata={"help": "rotmat_l1, rot6d_l1 or geodesic"})
+    joint_weights: list[str] = field(default_factory=list, metadata={"help": "NAME=WEIGHT, such as l_wrist=2"})
+    joint_position_weight: float = field(default=0.0, metadata={"help": "of the joints' distances, in metres"})
+
+
+@dataclass
+class RunArguments:
+    """
+    How this run begins and ends.
+
+    Args:
+        resume (`bool`, *optional*, defaults to `False`):
+            Go on from the last whole checkpoint of `output_dir`; from the start where there is none.
+        early_stopping_patience (`int`, *optional*):
+            Stop after so many evaluations without a better `metric_for_best_model`.
+    """
+
+    resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint of output_dir"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations that are not better"}
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, TuningArguments, LossArguments, RunArguments, ChatPoseTrainingArguments)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple:
+    """
+    Settings from flags and, if the first argument is a file, from YAML; flags win.
+
+    Args:
+        arguments (`Sequence[str]`): such as `["config.yaml", "--learning_rate", "1e-4"]`.
+
+    Returns:
+        `tuple` of instances of `ARGUMENTS`.
+
+    Raises:
+        ValueError: for a file that holds no settings, and for settings that do not exist.
+    """
+    parser = HfArgumentParser(
+        ARGUMENTS, prog="chatpose train", usage="chatpose train [FILE.yaml] [--SETTING VALUE ...]"
+    )
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        settings = _load_settings(arguments.pop(0))
+        actions = {action.dest: action for action in parser._actions}
+        if unknown := settings.keys() - actions.keys():
+            raise ValueError(f"expected settings of `chatpose train --help`, got {', '.join(sorted(unknown))}")
+        for name in settings:
+            actions[name].required = False
+        parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def _load_settings(path: str) -> dict:
+    """YAML's values in the form in which flags give them."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"expected settings as `name: value` in {path}, got {type(settings).__name__}")
+    for name in ("train_data", "eval_data", "joint_weights"):
+        value = settings.get(name)
+        if isinstance(value, dict):
+            settings[name] = [f"{key}={weight}" for key, weight in value.items()]
+        elif isinstance(value, str):
+            settings[name] = [value]
+    return settings
+
+
+def train(arguments: Sequence[str]) -> int:
+    """
+    Trains. `output_dir` then holds the adapter (or the model), the processor, `README.md` (the card), `run.json`, and
+    `config.yaml`, the settings.
+
+    Args:
+        arguments (`Sequence[str]`): as for [`parse_arguments`].
+
+    Returns:
+        `int`: 0; 143 if the process was told to end and saved a checkpoint.
+
+    Raises:
+        ValueError: for settings, a base or data that cannot be trained with.
+        BadLossError: see [`ChatPoseTrainer`].
+    """
+    parsed = parse_arguments(arguments)
+    model_args, data_args, tuning, loss_args, run_args, args = parsed
+    output_dir = Path(args.output_dir)
+    if list_checkpoints(output_dir) and not run_args.resume:
+        raise ValueError(
+            f"{output_dir} holds the checkpoints of a training: `--resume` goes on with it; or name another `output_dir`"
+        )
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("expected `max_steps` with `streaming`: a stream does not say how long an epoch is")
+    if args.eval_strategy != "no" and not data_args.eval_data:
+        raise ValueError(f"expected `eval_data` with `eval_strategy={args.eval_strategy.value}`")
+    settings = describe_settings(parsed)
+    is_main = args.process_index == 0
+    if is_main:
+        print(f"settings that are not transformers' own defaults:\n{settings}", flush=True)
+        _say_what_changed(output_dir / CONFIG_FILE, settings)
+
+    set_seed(args.seed)
+    start = time.monotonic()
+    processor = ChatPoseProcessor.from_pretrained(model_args.model, revision=model_args.revision)
+    model = _load_model(model_args, tuning, args, processor)
+    for name in ("ce_loss_weight", "pose_loss_weight"):
+        if getattr(loss_args, name) is not None:
+            setattr(model.config, name, getattr(loss_args, name))
+    model.pose_loss_function = PoseLoss(
+        loss_args.joint_error, _parse_weights(loss_args.joint_weights), loss_args.joint_position_weight
+    )
+    revision = getattr(model.config, "_commit_hash", None) or model_args.revision
+    base = str(Path(model_args.model).resolve()) if Path(model_args.model).is_dir() else model_args.model
+    model = prepare_model(model, tuning, base, revision)
+    if is_main:
+        print(format_parameters(count_parameters(model)), flush=True)
+
+    train_data, train_record = _load_train_data(data_args, args)
+    eval_data, eval_record = _load_eval_data(data_args)
+    run = {
+        "base_model": base,
+        "base_revision": revision,
+        "method": "qlora" if model_args.load_in_4bit else tuning.method,
+        "data": train_record,
+        "eval_data": eval_record,
+        "config": yaml.safe_load(settings),
+        "command": shlex.join(["chatpose", "train", *arguments]),
+    }
+    callbacks = []
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+    trainer = ChatPoseTrainer(model, args, processor, train_data, eval_dataset=eval_data, run=run, callbacks=callbacks)
+    checkpoint = None
+    if run_args.resume:
+        with args.main_process_first(desc="looking for the last whole checkpoint"):
+            checkpoint = find_last_checkpoint(output_dir)
+        if is_main:
+            print(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting", flush=True)
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(output_dir / CONFIG_FILE, settings.encode())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.was_terminated:
+        if is_main:
+            print(f"told to end: saved after step {trainer.state.global_step}; `--resume` goes on", flush=True)
+        return TERMINATED
+    if eval_data is not None:
+        trainer.evaluate()
+    run["seconds"] = round(time.monotonic() - start, 1)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    trainer.save_state()
+    if is_main:
+        print(f"wrote {output_dir}", flush=True)
+    return 0
+
+
+def describe_settings(parsed: tuple) -> str:
+    """As YAML, what `chatpose train` takes: ours in full, transformers' where they are not its defaults."""
+    *ours, args = parsed
+    settings = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}
+    plain = TrainingArguments(args.output_dir)
+    for item in dataclasses.fields(args):
+        if item.init:
+            value = getattr(args, item.name)
+            if item.name in ("output_dir", *ChatPoseTrainingArguments.__annotations__) or (
+                value != getattr(plain, item.name) and item.name not in _DERIVED
+            ):
+                settings[item.name] = value
+    return yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False, allow_unicode=True)
+
+
+def _say_what_changed(file: Path, settings: str) -> None:
+    if not file.is_file():
+        return
+    old, new = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(settings)
+    for name in sorted(old.keys() | new.keys()):
+        if name != "resume" and old.get(name) != new.get(name):
+            logger.warning(f"`{name}` is {new.get(name)!r}; it was {old.get(name)!r} in the run that {file} tells of")
+
+
+def _load_model(model_args: ModelArguments, tuning: TuningArguments, args: ChatPoseTrainingArguments, processor):
+    options = {}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    compute_dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    if model_args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+            llm_int8_skip_modules=["pose_head", "lm_head", "vision_tower", "multi_modal_projector"],
+        )
+    # Weights that an optimizer changes by little stay float32: bfloat16 would round the changes away.
+    dtype = model_args.dtype or (compute_dtype if tuning.method == "lora" else "float32")
+    return load_base(model_args.model, processor, model_args.revision, dtype=getattr(torch, dtype), **options)
+
+
+def _parse_weights(items: Sequence[str]) -> dict[str, float]:
+    """`NAME=WEIGHT` items."""
+    weights = {}
+    for item in items:
+        name, is_weighted, weight = item.rpartition("=")
+        try:
+            weights[name if is_weighted else item] = float(weight) if is_weighted else 1.0
+        except ValueError:
+            raise ValueError(f"expected NAME=WEIGHT, got {item!r}") from None
+    return weights
+
+
+def _load_train_data(data_args: DataArguments, args: ChatPoseTrainingArguments):
+    weights = _parse_weights(data_args.train_data)
+    sources = [load_rows(name, data_args.train_split, data_args.streaming, decode=False) for name in weights]
+    record = [
+        {"name": name, "split": data_args.train_split, "weight": weight, **_count_rows(source)}
+        for (name, weight), source in zip(weights.items(), sources, strict=True)
+    ]
+    kind = MixtureStream if data_args.streaming else Mixture
+    return kind(sources, list(weights.values()), seed=args.data_seed or args.seed), record
+
+
+def _load_eval_data(data_args: DataArguments):
+    from datasets import concatenate_datasets
+
+    sources = [load_rows(name, data_args.eval_split, decode=False) for name in data_args.eval_data]
+    record = [
+        {"name": name, "split": data_args.eval_split, **_count_rows(source)}
+        for name, source in zip(data_args.eval_data, sources, strict=True)
+    ]
+    return concatenate_datasets(sources) if sources else None, record
+
+
+def _count_rows(source) -> dict:
+    if not hasattr(source, "__len__"):
+        return {}
+    return {"rows": len(source), "licences": source.unique("licence")}
+
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))
