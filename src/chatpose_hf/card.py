@@ -99,11 +99,10 @@ def make_card(run: dict, results: list[dict] | None = None, *, is_adapter: bool,
             results=rows,
             systems=systems,
             results_versions={
-                key: value for result in results or [] for key, value in result.get("versions", {}).items()
+                key: value for result in results or [] for key, value in (result.get("versions") or {}).items()
             },
         )
     )
-    text = re.sub(r"\n{3,}", "\n\n", text)
     if ModelCard(text).data.to_dict() != metadata.to_dict():
         raise ValueError(f"expected metadata that reads back as written, got {metadata.to_yaml()}")
     return text
@@ -179,7 +178,8 @@ def _make_metadata(run: dict, rows: list[_Row], name: str, is_adapter: bool) -> 
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
         language="en",
-        tags=["chatpose", "human-pose", "smpl", "text-to-pose", "image-to-pose"] + ["lora"] * is_adapter,
+        tags=["chatpose", "human-pose", "smpl", "text-to-pose", "image-to-pose"]
+        + ["lora"] * (run.get("method") in ("lora", "qlora")),
         datasets=datasets or None,
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
@@ -230,11 +230,12 @@ def _read_results(results: list[dict]) -> tuple[list[_Row], list[str]]:
                 raise ValueError(f"expected `{name}` in {where}, got {result.get(name)!r}")
         if "model" not in result["metrics"]:
             raise ValueError(f"expected `metrics.model` in {where}, got {sorted(result['metrics'])}")
-        metrics = {
-            system: {name: _read_number(value, f"`metrics.{system}.{name}` of {where}") for name, value in of.items()}
-            for system, of in result["metrics"].items()
-            if _check_fields(of, {}, f"`metrics.{system}` of {where}") is None
-        }
+        metrics = {}
+        for system, of in result["metrics"].items():
+            _check_fields(of, {}, f"`metrics.{system}` of {where}")
+            metrics[system] = {
+                name: _read_number(value, f"`metrics.{system}.{name}` of {where}") for name, value in of.items()
+            }
         for name, (value, _) in metrics["model"].items():
             if name.endswith("_mm") and not result.get("body"):
                 raise ValueError(f"expected `body` in {where}: `{name}` is in millimetres of a body that it must name")
@@ -242,7 +243,9 @@ def _read_results(results: list[dict]) -> tuple[list[_Row], list[str]]:
             rows.append(_Row(*given, name, value, []))
             numbers.append({system: of[name][1] for system, of in metrics.items() if name in of})
     systems = list(dict.fromkeys(["model", *(system for of in numbers for system in of)])) if rows else []
-    return [row._replace(values=[of.get(system, "") for system in systems]) for row, of in zip(rows, numbers)], systems
+    return [
+        row._replace(values=[of.get(system, "") for system in systems]) for row, of in zip(rows, numbers, strict=True)
+    ], systems
 
 
 def _read_number(value: Any, where: str) -> tuple[float, str]:
@@ -279,7 +282,7 @@ def _environment() -> jinja2.Environment:
         "code": _code,
         "codes": lambda values: ", ".join(map(_code, values)) if values else NOT_STATED,
         "duration": _duration,
-        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
+        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
         "number": _number,
         "versions": lambda of: ", ".join(f"{_code(k)} {_code(v)}" for k, v in of.items()) if of else NOT_STATED,
     }

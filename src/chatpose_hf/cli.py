@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -89,6 +90,19 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train on rows", description=_train.__doc__, add_help=False)
     train.set_defaults(run=_train)
 
+    publish = commands.add_parser("publish", help="trained folder to the Hub", description=_publish.__doc__)
+    publish.add_argument("folder", metavar="DIR", help="what train wrote, one of its checkpoints, or a saved ChatPose")
+    publish.add_argument(
+        "--repo", required=True, metavar="NAMESPACE/NAME", help="on the Hub; made if it does not exist"
+    )
+    publish.add_argument("--merge", action="store_true", help="an adapter as a whole model, merged into its base")
+    publish.add_argument("--push", action="store_true", help="send it (default: a dry run, nothing is sent)")
+    publish.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
+    publish.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it does not exist")
+    publish.add_argument("--results", metavar="FILE", help="results.json for the card (default: the folder's own)")
+    publish.add_argument("--output", metavar="DIR", help="keep the release folder here; must not exist")
+    publish.set_defaults(run=_publish)
+
     convert_smpl = commands.add_parser(
         "convert-smpl", help="SMPL .pkl to clean .npz", description=_convert_smpl.__doc__
     )
@@ -144,6 +158,7 @@ def _add_body_argument(parser: argparse.ArgumentParser) -> None:
 def _load_pipeline(options):
     import torch
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     from . import ChatPoseConfig, ChatPoseForConditionalGeneration, ChatPosePipeline, ChatPoseProcessor
 
@@ -153,6 +168,12 @@ def _load_pipeline(options):
         torch.empty(0, device=options.device or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {options.device!r} here: {str(error).splitlines()[0]}") from error
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if find_adapter_config_file(options.model):
+        from .adapters import load_trained
+
+        model, processor = load_trained(options.model, dtype="auto")
+        return ChatPosePipeline(model=model, processor=processor, device=device)
     try:
         config = AutoConfig.from_pretrained(options.model)
     except (OSError, ValueError) as error:
@@ -165,7 +186,7 @@ def _load_pipeline(options):
     return ChatPosePipeline(
         model=ChatPoseForConditionalGeneration.from_pretrained(options.model, dtype="auto"),
         processor=ChatPoseProcessor.from_pretrained(options.model),
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
 
 
@@ -383,9 +404,48 @@ def _data(options) -> int:
 
 def _train(options) -> int:
     """Trains on rows, by flags or a YAML file of settings; `chatpose train --help` lists them."""
-    from .training import train
+    with _names_extra("train"):
+        from .training import train
 
     return train(options.rest)
+
+
+def _publish(options) -> None:
+    """
+    Makes a release folder with the model card, checks that it loads in a clean process and gives a pose, and sends it to
+    the Hub in one commit.
+    """
+    from .hub import publish
+
+    try:
+        with _names_extra("train"):
+            release = publish(
+                options.folder,
+                options.repo,
+                merge=options.merge,
+                private=options.private,
+                revision=options.revision,
+                push=options.push,
+                results=options.results,
+                output=options.output,
+            )
+    except RuntimeError as error:  # the check of the release failed
+        raise ValueError(str(error)) from error
+    for path, size in release.files.items():
+        print(f"{size:>14,} bytes  {path}")
+    for path in release.deleted:
+        print(f"{'deleted':>20}  {path}")
+    print(release.transcript)
+    print(f"sent: {release.commit_url}" if options.push else "dry run: nothing was sent; `--push` sends it")
+
+
+@contextmanager
+def _names_extra(extra: str):
+    """Says which extra brings the package that is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"this needs more packages: pip install 'chatpose_hf[{extra}]' ({error})") from error
 
 
 def _convert_smpl(options) -> None:

@@ -168,9 +168,12 @@ def make_release(
         raise ValueError(f"expected a folder that does not exist yet, got {output}")
     run = _load_json(folder / "run.json") if (folder / "run.json").exists() else {}
     if is_adapter:  # what will be loaded, whatever the record says
-        run |= _load_base(folder)
+        base = _load_base(folder)
+        if base["base_revision"] is None and run.get("base_model") == base["base_model"]:
+            base["base_revision"] = run.get("base_revision")
+        run |= base
     results_file = Path(results) if results is not None else folder / "results.json"
-    evaluations = _load_json(results_file) if results is not None or results_file.exists() else []
+    evaluations = _load_json(results_file, (dict, list)) if results is not None or results_file.exists() else []
     evaluations = evaluations if isinstance(evaluations, list) else [evaluations]
     card = make_card(run, evaluations, is_adapter=is_adapter and not merge, repo_id=repo_id)
 
@@ -185,7 +188,7 @@ def make_release(
                 part.save_pretrained(staging)
         taken = ("run.json",) if merge else [path.name for path in folder.iterdir() if _TAKEN.fullmatch(path.name)]
         for name in tqdm(sorted(taken), desc="Copying", unit="file", disable=merge):
-            if name != "results.json" and (folder / name).is_file():
+            if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         if evaluations:
             shutil.copyfile(results_file, staging / "results.json")
@@ -227,7 +230,8 @@ def _check_whole_model(folder: Path) -> str:
     # A module that is None cannot be imported: what the code files do not bring themselves is missed here.
     code = ["import sys", 'sys.modules["chatpose_hf"] = None', *map(inspect.getsource, (_load_published, _answer))]
     code.append("print(_answer(*_load_published(sys.argv[1])))")
-    with tempfile.TemporaryDirectory() as temporary:
+    bar = tqdm(total=1, desc="Loading in a clean process", unit="model")
+    with tempfile.TemporaryDirectory() as temporary, bar:
         run = subprocess.run(
             [sys.executable, "-c", "\n".join(code), str(folder)],
             capture_output=True,
@@ -235,6 +239,7 @@ def _check_whole_model(folder: Path) -> str:
             cwd=temporary,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(temporary) / "modules")},
         )
+        bar.update()
     if run.returncode != 0:
         last = "\n".join(run.stderr.strip().splitlines()[-15:])
         raise RuntimeError(f"the release does not load in a clean process (exit status {run.returncode}):\n{last}")
@@ -297,14 +302,14 @@ def _answer(model, processor):
     )
     rotmats = output.pose_rotmats.float().cpu()
     error = (rotmats @ rotmats.mT - torch.eye(3)).abs().amax().item() if rotmats.numel() else 0.0
-    # Not `error > 1e-4`, which NaN would pass.
-    if rotmats.shape[1:] != (24, 3, 3) or not len(rotmats) or not error < 1e-4 or not (torch.det(rotmats) > 0).all():
+    is_proper = len(rotmats) > 0 and rotmats.shape[1:] == (24, 3, 3) and error < 1e-4
+    if not (is_proper and (torch.det(rotmats) > 0).all()):
         raise ValueError(f"expected 24 rotations a pose, got shape {tuple(rotmats.shape)}, orthonormal to {error}")
     text = processor.post_process_poses(output)[0]["text"]
     return (
         f"{type(model).__name__}, {sum(weight.numel() for weight in model.parameters()):,} weights, transformers "
         f"{transformers.__version__}, torch {torch.__version__}: {len(rotmats)} x 24 rotations, orthonormal to "
-        f"{error:.0e}; answer {text!r}"
+        f"{error:.0e}; answer {text!a}"
     )
 
 
@@ -333,17 +338,20 @@ def _is_adapter(folder: Path) -> bool:
 def _load_base(folder: Path) -> dict[str, str | None]:
     """What the adapter will be loaded onto, by the names of `run.json`."""
     config = _load_json(folder / "adapter_config.json")
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"expected `base_model_name_or_path` in {folder / 'adapter_config.json'}, got {base!r}")
     return {"base_model": base, "base_revision": config.get("revision")}
 
 
-def _load_json(path: Path) -> Any:
+def _load_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {path}, got {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"expected an object in {path}, got {type(content).__name__}")
+    return content
 
 
 def _check_files(staging: Path) -> None:

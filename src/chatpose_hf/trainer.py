@@ -1,10 +1,10 @@
 """The HF `Trainer` for rows with poses: exact over accumulated and distributed batches, exact when it goes on after a stop."""
 
-import dataclasses
 import json
 import math
-import signal
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -66,6 +66,8 @@ class ChatPoseTrainingArguments(TrainingArguments):
     body: str = field(default="default", metadata={"help": "body of the evaluation's millimetres"})
 
     def __post_init__(self):
+        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self.ddp_backend = "gloo"  # accelerate 1.15 would let each process train alone
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("expected `remove_unused_columns=False`: the collator needs all columns of a row")
@@ -73,7 +75,7 @@ class ChatPoseTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False
 
 
-class BadLossError(RuntimeError):
+class BadLossError(ValueError):
     """A loss that is not finite. `rows` are the ids of its batch, `file` the record that was written."""
 
     def __init__(self, step: int, rows: list[str], file: Path):
@@ -524,7 +526,11 @@ class ChatPoseTrainer(Trainer):
             "hardware": f"{self.args.world_size} x {devices}",
             "step": self.state.global_step,
             "epoch": self.state.epoch,
-            "metrics": {k: v for k, v in (figures[-1] if figures else {}).items() if k.startswith("eval_")},
+            "metrics": {
+                name: value
+                for name, value in (figures[-1] if figures else {}).items()
+                if name.startswith("eval_") and "per_second" not in name and "time" not in name
+            },
             "body": self.args.body,
             **self._run,
         }

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from .adapters import TuningArguments, count_parameters, format_parameters, load_base, prepare_model
@@ -28,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
 # Set by other settings.
-_DERIVED = ("do_eval", "dataloader_pin_memory", "logging_nan_inf_filter")
+_DERIVED = ("accelerator_config", "dataloader_pin_memory", "ddp_backend", "do_eval", "logging_nan_inf_filter")
 # Of a run that was told to end and saved: what a shell reports for SIGTERM.
 TERMINATED = 128 + 15
 
@@ -264,14 +263,14 @@ def describe_settings(parsed: tuple) -> str:
     """As YAML, what `chatpose train` takes: ours in full, transformers' where they are not its defaults."""
     *ours, args = parsed
     settings = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}
-    plain = TrainingArguments(args.output_dir)
     for item in dataclasses.fields(args):
-        if item.init:
-            value = getattr(args, item.name)
-            if item.name in ("output_dir", *ChatPoseTrainingArguments.__annotations__) or (
-                value != getattr(plain, item.name) and item.name not in _DERIVED
-            ):
-                settings[item.name] = value
+        value, default = getattr(args, item.name, None), item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        is_ours = item.name in ChatPoseTrainingArguments.__annotations__
+        # transformers turns None into False, and an empty text into an empty list.
+        if is_ours or (item.init and item.name not in _DERIVED and value != default and (value or default)):
+            settings[item.name] = value
     return yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False, allow_unicode=True)
 
 
@@ -318,7 +317,7 @@ def _load_train_data(data_args: DataArguments, args: ChatPoseTrainingArguments):
     weights = _parse_weights(data_args.train_data)
     sources = [load_rows(name, data_args.train_split, data_args.streaming, decode=False) for name in weights]
     record = [
-        {"name": name, "split": data_args.train_split, "weight": weight, **_count_rows(source)}
+        {"name": _public_name(name), "split": data_args.train_split, "weight": weight, **_count_rows(source)}
         for (name, weight), source in zip(weights.items(), sources, strict=True)
     ]
     kind = MixtureStream if data_args.streaming else Mixture
@@ -330,17 +329,18 @@ def _load_eval_data(data_args: DataArguments):
 
     sources = [load_rows(name, data_args.eval_split, decode=False) for name in data_args.eval_data]
     record = [
-        {"name": name, "split": data_args.eval_split, **_count_rows(source)}
+        {"name": _public_name(name), "split": data_args.eval_split, **_count_rows(source)}
         for name, source in zip(data_args.eval_data, sources, strict=True)
     ]
     return concatenate_datasets(sources) if sources else None, record
 
 
+def _public_name(name: str) -> str:
+    """Of a folder only its own: the card is for others."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def _count_rows(source) -> dict:
     if not hasattr(source, "__len__"):
         return {}
-    return {"rows": len(source), "licences": source.unique("licence")}
-
-
-if __name__ == "__main__":
-    sys.exit(train(sys.argv[1:]))
+    return {"rows": len(source), "licences": sorted(filter(None, source.unique("licence")))}
