@@ -1,21 +1,28 @@
 """`chatpose train` on tiny models: the same gradients however a batch is split, the same run however it is interrupted."""
 
 import json
-import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from make_rows import make_rows, write_splits
+from make_rows import make_row, make_rows, write_splits
 from make_tiny_checkpoint import make_model, make_processor
 from safetensors.torch import load_file
 
+from chatpose_hf.adapters import load_trained
+from chatpose_hf.body import PARENTS, BodyModel
 from chatpose_hf.checkpoints import list_checkpoints
+from chatpose_hf.collator import ChatPoseCollator, read_report
+from chatpose_hf.data.mixture import Mixture
+from chatpose_hf.data.rows import load_rows
+from chatpose_hf.pose_losses import PoseLoss
+from chatpose_hf.rotations import geodesic_distance
+from chatpose_hf.trainer import BadLossError, ChatPoseTrainer, ChatPoseTrainingArguments
 from chatpose_hf.training import train
 
 
@@ -39,7 +46,19 @@ def desk(tmp_path_factory):
 def settings(desk, output, text=""):
     return [
         *("--model", str(desk / "base"), "--train_data", str(desk / "rows"), "--output_dir", str(output)),
-        *"--use_cpu --report_to none --lora_r 4 --logging_steps 1 --save_strategy no --disable_tqdm true".split(),
+        *[
+            "--use_cpu",
+            "--report_to",
+            "none",
+            "--lora_r",
+            "4",
+            "--logging_steps",
+            "1",
+            "--save_strategy",
+            "no",
+            "--disable_tqdm",
+            "true",
+        ],
         *text.split(),
     ]
 
@@ -48,10 +67,7 @@ def run_in_processes(desk, output, text, processes=1, **options):
     """The command, started as a user starts it on several devices."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*(launcher if processes > 1 else []), "-m", "chatpose_hf.cli", "train", *settings(desk, output, text)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=100, **options
-    )
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100, **options)
 
 
 def history(output):
@@ -99,3 +115,262 @@ def test_two_processes_give_the_gradient_of_one(desk, whole_batch, tmp_path, row
     run = run_in_processes(desk, tmp_path / "out", text, processes=2)
     assert run.returncode == 0, run.stderr[-3000:]
     assert_same_step(tmp_path / "out", whole_batch)
+
+
+# -- interrupted runs --
+
+# Logs, evaluations and checkpoints at different steps, with dropout, over the end of an epoch (after step 6).
+TEN_STEPS = (
+    "--max_steps 10 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --logging_steps 3 --save_strategy steps "
+    "--save_steps 2 --eval_strategy steps --eval_steps 5 --learning_rate 0.01"
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(desk):
+    output = desk / "uninterrupted"
+    assert train([*settings(desk, output, TEN_STEPS), "--eval_data", str(desk / "rows")]) == 0
+    return output
+
+
+def start(desk, output, text):
+    command = [sys.executable, "-u", "-m", "chatpose_hf.cli", "train", *settings(desk, output, text)]
+    command += ["--eval_data", str(desk / "rows")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(lines)[-3000:])
+
+
+def assert_same_run(output, uninterrupted):
+    assert history(output) == history(uninterrupted)
+    for name in ("adapter_model.safetensors", "checkpoint-10/adapter_model.safetensors"):
+        assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+    optimizers = [torch.load(folder / "checkpoint-10" / "optimizer.pt") for folder in (output, uninterrupted)]
+    for number, state in optimizers[0]["state"].items():
+        assert all(torch.equal(value, optimizers[1]["state"][number][name]) for name, value in state.items())
+
+
+def test_a_killed_run_goes_on_bit_for_bit(desk, uninterrupted, tmp_path):
+    process = start(desk, tmp_path / "out", TEN_STEPS)
+    wait_for(process, "eval_mpjpe_mm")  # after step 5, between a log and a checkpoint
+    process.kill()
+    process.wait()
+    assert {path.name for path in list_checkpoints(tmp_path / "out")} >= {"checkpoint-4"}
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert train([*settings(desk, tmp_path / "out", TEN_STEPS), "--eval_data", str(desk / "rows"), "--resume"]) == 0
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+def test_a_run_that_is_told_to_end_saves_and_goes_on_bit_for_bit(desk, uninterrupted, tmp_path):
+    text = TEN_STEPS.replace("--save_steps 2", "--save_steps 10")
+    process = start(desk, tmp_path / "out", text)
+    wait_for(process, "eval_mpjpe_mm")
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=100)[0]
+    assert process.returncode == 143, rest
+    assert "`--resume` goes on" in rest
+    saved = list_checkpoints(tmp_path / "out")
+    assert len(saved) == 1
+    assert saved[0].name in {f"checkpoint-{step}" for step in (5, 6, 7, 8, 9)}
+    assert train([*settings(desk, tmp_path / "out", text), "--eval_data", str(desk / "rows"), "--resume"]) == 0
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+# -- faults --
+
+
+def test_a_damaged_checkpoint_is_passed_over(desk, uninterrupted, tmp_path, caplog):
+    shutil.copytree(uninterrupted, output := tmp_path / "out")
+    for file in output.glob("*.safetensors"):
+        file.unlink()
+    damaged = output / "checkpoint-10" / "optimizer.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (output / "checkpoint-8" / "adapter_model.safetensors").unlink()
+    assert train([*settings(desk, output, TEN_STEPS), "--eval_data", str(desk / "rows"), "--resume"]) == 0
+    assert "optimizer.pt is not as it was written" in caplog.text
+    assert "adapter_model.safetensors is missing" in caplog.text
+    assert_same_run(output, uninterrupted)
+
+
+def test_a_full_disk_leaves_whole_checkpoints(desk, uninterrupted, tmp_path):
+    """No file may grow beyond the adapter's size, which stops the optimizer's in the middle."""
+    shutil.copytree(uninterrupted, output := tmp_path / "out")
+    for step in (6, 8, 10):
+        shutil.rmtree(output / f"checkpoint-{step}")
+    limit = (output / "adapter_model.safetensors").stat().st_size + 1000
+    command = [sys.executable, "-m", "chatpose_hf.cli", "train", *settings(desk, output, TEN_STEPS)]
+    run = subprocess.run(
+        [*command, "--eval_data", str(desk / "rows"), "--resume"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert run.returncode == 1
+    assert f"cannot write {output / 'checkpoint-6'}" in run.stderr
+    assert "make room" in run.stderr
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (output / ".saving").exists()
+    assert train([*settings(desk, output, TEN_STEPS), "--eval_data", str(desk / "rows"), "--resume"]) == 0
+    assert_same_run(output, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(desk, uninterrupted, tmp_path, monkeypatch):
+    class Breaks(PoseLoss):
+        calls = 0
+
+        def __call__(self, *tensors):
+            Breaks.calls += 1
+            return super().__call__(*tensors) * (torch.nan if Breaks.calls == 7 else 1.0)
+
+    monkeypatch.setattr("chatpose_hf.training.PoseLoss", Breaks)
+    arguments = [*settings(desk, tmp_path / "out", TEN_STEPS), "--eval_data", str(desk / "rows")]
+    with pytest.raises(BadLossError, match="step 5 is not finite") as caught:
+        train(arguments)
+    record = json.loads((tmp_path / "out" / "bad_loss.json").read_text())
+    assert record["rows"] == caught.value.rows
+    assert len(record["rows"]) == 2
+    assert set(record["rows"]) <= {row["id"] for row in make_rows()}
+    assert record["pose_loss"] == "nan"
+    assert record["step"] == 5
+    monkeypatch.setattr("chatpose_hf.training.PoseLoss", PoseLoss)
+    assert train([*arguments, "--resume"]) == 0
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def bad_rows(tmp_path_factory):
+    """One with a damaged picture, one that is too long and ends with its pose, among good ones."""
+    rows = make_rows(8)
+    rows[3]["images"] = [{"bytes": b"no picture", "path": None}]
+    rows[2]["messages"][0]["content"][-1]["text"] = "a long story " * 40
+    return write_splits(tmp_path_factory.mktemp("bad") / "rows", rows, rows)
+
+
+def test_a_bad_row_stops_or_is_counted(desk, bad_rows, tmp_path):
+    text = f"--train_data {bad_rows} --max_length 400 --per_device_train_batch_size 1 --num_train_epochs 2 --logging_steps 16"
+    with pytest.raises(ValueError, match=r"cannot train on row 'row_[23]': .*(no picture|would cut a pose)"):
+        train(settings(desk, tmp_path / "stop", text))
+    text += f" --on_bad_row skip --eval_strategy epoch --eval_data {bad_rows} --per_device_eval_batch_size 4"
+    assert train(settings(desk, tmp_path / "skip", text)) == 0
+    logs = json.loads((tmp_path / "skip" / "trainer_state.json").read_text())["log_history"]
+    assert sum(log.get("skipped_rows", 0) for log in logs) == 4  # two rows, two epochs
+    skipped = [json.loads(line) for line in (tmp_path / "skip" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in skipped) == ["row_2", "row_3"]
+    # The figures are those of the good rows, whatever the batches.
+    good = write_splits(tmp_path / "good", [], [row for n, row in enumerate(make_rows(8)) if n not in (2, 3)])
+    text = text.replace(f"--eval_data {bad_rows}", f"--eval_data {good}").replace(
+        "eval_batch_size 4", "eval_batch_size 1"
+    )
+    assert train(settings(desk, tmp_path / "good_out", text)) == 0
+    with_bad, without = (
+        [log for log in history(tmp_path / out) if "eval_loss" in log] for out in ("skip", "good_out")
+    )
+    for got, want in zip(with_bad, without, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_evaluation_by_hand(desk, tmp_path):
+    """Token by token and pose by pose, with one model call a row."""
+    text = f"--max_steps 1 --learning_rate 0 --eval_strategy steps --eval_steps 1 --eval_data {desk / 'rows'}"
+    assert train(settings(desk, tmp_path / "out", text)) == 0
+    model, processor = load_trained(desk / "base")
+    collator, body = ChatPoseCollator(processor), BodyModel.load("default")
+    ce, pose_losses, angles, distances = [], [], [], []
+    for row in make_rows(7):
+        batch = collator([row])
+        with torch.no_grad():
+            output = model(**batch)
+        labels = batch["labels"][0, 1:]
+        ce += [-output.logits[0, t].log_softmax(-1)[label] for t, label in enumerate(labels) if label != -100]
+        for pose, rotmats in enumerate(output.pose_rotmats):
+            target, mask = batch["pose_labels"][pose], batch["pose_mask"][pose].bool()
+            error = (rotmats - target).abs().mean((-2, -1))
+            pose_losses.append(error[1:][mask[1:]].mean() + (error[0] if mask[0] else 0))
+            angles += [geodesic_distance(rotmats[j], target[j]) for j in range(24) if mask[j]]
+            apart = (body.joints(rotmats) - body.joints(target)).norm(dim=-1)
+            for joint in range(24):
+                above, is_known = PARENTS[joint], True
+                while above >= 0:
+                    is_known &= bool(mask[above])
+                    above = PARENTS[above]
+                distances += [apart[joint]] if is_known else []
+    want = {
+        "eval_ce_loss": torch.stack(ce).mean(),
+        "eval_pose_loss": torch.stack(pose_losses).mean(),
+        "eval_pose_angle_deg": torch.stack(angles).mean().rad2deg(),
+        "eval_mpjpe_mm": 1000 * torch.stack(distances).mean(),
+    }
+    want["eval_loss"] = want["eval_ce_loss"] + 0.1 * want["eval_pose_loss"]
+    got = history(tmp_path / "out")[-1]
+    for name, value in want.items():
+        assert got[name] == pytest.approx(float(value), rel=1e-4), name
+
+
+# -- settings --
+
+
+def test_streams_are_cut_and_found_again(desk, tmp_path, monkeypatch):
+    """Over the end of the stream; two processes see what one does, and a stopped run goes on."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    text = f"{ONE_STEP} --streaming --per_device_train_batch_size 8".replace("--max_steps 1", "--max_steps 5")
+    text = text.replace("1000", "0.01")
+    assert train(settings(desk, tmp_path / "one", text)) == 0
+    assert len(history(tmp_path / "one")) == 5
+    halves = text.replace("size 8", "size 4").replace("max_steps 5", "max_steps 2")
+    run = run_in_processes(desk, tmp_path / "two", halves, processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=False):
+        assert two == pytest.approx({**one, "epoch": two["epoch"]}, rel=1e-4)
+    assert len(history(tmp_path / "two")) == 2
+    saves = f"{text} --save_strategy steps --save_steps 4"
+    assert train(settings(desk, tmp_path / "stopped", saves)) == 0
+    (tmp_path / "stopped" / "adapter_model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-5", ignore_errors=True)
+    assert train([*settings(desk, tmp_path / "stopped", saves), "--resume"]) == 0
+    assert history(tmp_path / "stopped") == history(tmp_path / "one")
+    with pytest.raises(ValueError, match="expected `max_steps` with `streaming`"):
+        train(settings(desk, tmp_path / "endless", "--streaming"))
+
+
+def test_rows_of_like_length_share_batches(tmp_path):
+    processor = make_processor()
+    rows = [make_row(n, num_poses=n % 4, turns=1 + n % 7) for n in range(160)]
+    folder = write_splits(tmp_path / "rows", rows[:120], rows[120:])
+    mixture = Mixture([load_rows(folder), load_rows(folder, "val")], [3.0, 1.0])
+    waste = {}
+    for strategy in ("random", "group_by_length"):
+        args = ChatPoseTrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            train_sampling_strategy=strategy,
+            per_device_train_batch_size=4,
+            report_to="none",
+        )
+        trainer = ChatPoseTrainer(make_model(processor), args, processor, mixture)
+        orders = []
+        for epoch in (0, 1, 0):
+            trainer.set_epoch(epoch)
+            orders.append([trainer.data_collator([mixture[n] for n in batch]) for batch in sampled(trainer)])
+        assert [len(batch["input_ids"]) for batch in orders[0]] == [4] * 40
+        ids = [[read_report(batch["row_report"])["rows"] for batch in order] for order in orders]
+        assert ids[0] == ids[2]
+        assert ids[0] != ids[1]
+        masks = [batch["attention_mask"] for order in orders[:2] for batch in order]
+        waste[strategy] = 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks)
+    assert waste["group_by_length"] < 0.5 * waste["random"]
+
+
+def sampled(trainer):
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(len(order)))
+    return [order[start : start + 4] for start in range(0, len(order), 4)]

@@ -40,7 +40,7 @@ SKIPPED_FILE = "skipped_rows.jsonl"
 _SUMS_FILE = "log_sums.json"
 _STAGING = ".saving"
 # What is summed up between two logs, on the device.
-_SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens")
+_SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens", "skipped", "truncated")
 
 
 @dataclass
@@ -194,6 +194,8 @@ class ChatPoseTrainer(Trainer):
                 f"expected one process for each device, got one for {args.n_gpu}; start it with `torchrun "
                 "--nproc-per-node N` or `accelerate launch`, or show it one device (CUDA_VISIBLE_DEVICES=0)"
             )
+        # Batches are cut from rows, not from tensors, whose first dimensions differ.
+        args.accelerator_config.dispatch_batches = False
         if args.dataloader_persistent_workers and hasattr(train_dataset, "set_epoch"):
             raise ValueError("expected no `dataloader_persistent_workers`: they would draw every epoch like the first")
         collator = ChatPoseCollator(processing_class, args.max_length, args.on_bad_row, report_rows=True)
@@ -213,7 +215,7 @@ class ChatPoseTrainer(Trainer):
         self._body: BodyModel | None = None
         self._sampler: EpochSampler | None = None
         self.restart_sums()
-        self._num_skipped = self._num_truncated = 0
+        self._skipped_names: set[str] = set()
         self._is_staging = False
 
     @property
@@ -245,7 +247,9 @@ class ChatPoseTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             lengths = self._make_lengths(dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._sampler = EpochSampler(dataset, self.args.data_seed or self.args.seed, lengths, batch_size)
+        self._sampler = EpochSampler(
+            dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed, lengths, batch_size
+        )
         return self._sampler
 
     def _make_lengths(self, dataset) -> Callable[[], np.ndarray]:
@@ -322,14 +326,20 @@ class ChatPoseTrainer(Trainer):
             mask.sum(),
             mask.any(-1).sum(),
             inputs["attention_mask"].sum(),
+            torch.tensor(len(report["skipped"])),
+            torch.tensor(len(report["truncated"])),
         )
         self._sums += torch.stack([value.to(self._sums) for value in values])
-        if report["skipped"]:
+        self._note_skipped(report)
+
+    def _note_skipped(self, report: dict) -> None:
+        new = {name: reason for name, reason in report["skipped"] if name not in self._skipped_names}
+        if new:
+            self._skipped_names |= new.keys()
             with (Path(self.args.output_dir) / SKIPPED_FILE).open("a", encoding="utf-8") as file:
-                for name, reason in report["skipped"]:
+                for name, reason in new.items():
+                    logger.warning(f"left out row {name!r}: {reason}")
                     file.write(f"{json.dumps({'id': name, 'reason': reason}, ensure_ascii=False)}\n")
-        self._num_skipped += len(report["skipped"])
-        self._num_truncated += len(report["truncated"])
 
     def restart_sums(self, values: list[float] | None = None, steps: int = 0, seconds: float = 0.0) -> None:
         self._sums = torch.zeros(len(_SUMS), device=self.args.device)
@@ -355,10 +365,9 @@ class ChatPoseTrainer(Trainer):
             if sums["joints"]:
                 logs["pose_angle_deg"] = math.degrees(sums["angle"] / sums["joints"])
             logs["tokens_per_second"], logs["poses_per_second"] = sums["tokens"] / seconds, sums["poses"] / seconds
-            counts = torch.tensor([self._num_skipped, self._num_truncated], device=self.args.device)
-            for name, count in zip(("skipped_rows", "truncated_rows"), self._total(counts), strict=True):
-                if count:
-                    logs[name] = int(count)
+            for name in ("skipped", "truncated"):
+                if sums[name]:
+                    logs[f"{name}_rows"] = int(sums[name])
             self.restart_sums()
         super().log(logs, start_time)
 
@@ -380,6 +389,7 @@ class ChatPoseTrainer(Trainer):
         """Sums over tokens and poses for each row, which the Trainer gathers as if they were logits."""
         inputs = self._prepare_inputs(inputs)
         report = read_report(inputs.pop("row_report"))
+        self._note_skipped(report)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
             sums = self._sum_rows(inputs, outputs)

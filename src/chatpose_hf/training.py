@@ -4,11 +4,13 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
+import torch.utils.data
 import yaml
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, set_seed
 from transformers.utils import logging
@@ -321,7 +323,23 @@ def _load_train_data(data_args: DataArguments, args: ChatPoseTrainingArguments):
         for (name, weight), source in zip(weights.items(), sources, strict=True)
     ]
     kind = MixtureStream if data_args.streaming else Mixture
-    return kind(sources, list(weights.values()), seed=args.data_seed or args.seed), record
+    mixture = kind(sources, list(weights.values()), seed=args.seed if args.data_seed is None else args.data_seed)
+    return _Endless(mixture) if data_args.streaming else mixture, record
+
+
+class _Endless(torch.utils.data.IterableDataset):
+    """
+    A stream's epochs one after the other. The Trainer, which takes the number of steps for an epoch's length, could not
+    find the place again in a later one.
+    """
+
+    def __init__(self, stream: MixtureStream):
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[dict]:
+        for epoch in count():
+            self._stream.set_epoch(epoch)
+            yield from self._stream
 
 
 def _load_eval_data(data_args: DataArguments):
