@@ -26,7 +26,7 @@ from .atomic_write import write_atomically
 from .body import JOINT_NAMES, PARENTS, BodyModel
 from .card import make_card
 from .checkpoints import seal
-from .collator import ChatPoseCollator, read_report
+from .collator import ON_BAD_ROW, ChatPoseCollator, read_report
 from .data.mixture import Mixture
 from .processing_chatpose import ChatPoseProcessor
 from .rotations import geodesic_distance
@@ -71,6 +71,8 @@ class ChatPoseTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("expected `remove_unused_columns=False`: the collator needs all columns of a row")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"expected `on_bad_row` of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
         # Ours stops at the first loss that is not finite; the Trainer's would hide it.
         self.logging_nan_inf_filter = False
 
