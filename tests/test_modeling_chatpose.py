@@ -178,6 +178,32 @@ def test_from_llava_with_towers_keeps_their_weights(chatml, tie, tmp_path):
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=0, rtol=0)
 
 
+def test_from_llava_forgets_how_the_text_model_lay_on_the_disk(processor):
+    text_model = make_text_model(vocab_size=len(processor.tokenizer))
+    text_model.config.quantization_config = {"quant_method": "gguf", "gguf_file": "a.gguf"}
+    model = ChatPoseForConditionalGeneration.from_llava(
+        processor=processor, text_model=text_model, vision_tower=make_vision_tower()
+    )
+    assert "quantization_config" not in model.config.text_config.to_dict()
+
+
+def test_new_rows_are_the_mean_of_the_old_in_every_run(processor):
+    models = []
+    for seed in (0, 1):
+        text_model = make_text_model(vocab_size=len(processor.tokenizer) - 2)
+        torch.manual_seed(seed)
+        models.append(
+            ChatPoseForConditionalGeneration.from_llava(
+                processor=processor, text_model=text_model, vision_tower=make_vision_tower()
+            )
+        )
+    old = text_model.config.vocab_size
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        first, second = (getattr(model, get)().weight for model in models)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first[old:], first[:old].mean(0).expand_as(first[old:]))
+
+
 def make_published_llava(folder, processor):
     """A plain LLaVA without a row for `<POSE>`, in the layout of the Hub's checkpoints."""
     settings = make_model(processor).config.to_dict()

@@ -124,6 +124,19 @@ def test_two_processes_give_the_gradient_of_one(desk, whole_batch, tmp_path, row
     assert_same_step(tmp_path / "out", whole_batch)
 
 
+def test_two_processes_see_what_one_sees(desk, tmp_path):
+    """Over the end of an epoch, and in an evaluation of seven rows, which two processes cannot halve."""
+    text = f"{ONE_STEP} --eval_data {desk / 'rows'} --eval_strategy steps --eval_steps 5 --per_device_eval_batch_size 2"
+    text = text.replace("max_steps 1", "max_steps 5").replace("1000", "0.01")
+    assert train(settings(desk, tmp_path / "one", f"{text} --per_device_train_batch_size 8")) == 0
+    run = run_in_processes(desk, tmp_path / "two", f"{text} --per_device_train_batch_size 4", processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert len(one) == len(two) == 7
+    for of_one, of_two in zip(one, two, strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-5)
+
+
 # -- interrupted runs --
 
 # Logs, evaluations and checkpoints at different steps, with dropout, over the end of an epoch (after step 6).
@@ -155,11 +168,11 @@ def wait_for(process, text):
     raise AssertionError("".join(lines)[-3000:])
 
 
-def assert_same_run(output, uninterrupted):
+def assert_same_run(output, uninterrupted, last="checkpoint-10"):
     assert history(output) == history(uninterrupted)
-    for name in ("adapter_model.safetensors", "checkpoint-10/adapter_model.safetensors"):
+    for name in ("adapter_model.safetensors", f"{last}/adapter_model.safetensors"):
         assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
-    optimizers = [torch.load(folder / "checkpoint-10" / "optimizer.pt") for folder in (output, uninterrupted)]
+    optimizers = [torch.load(folder / last / "optimizer.pt") for folder in (output, uninterrupted)]
     for number, state in optimizers[0]["state"].items():
         assert all(torch.equal(value, optimizers[1]["state"][number][name]) for name, value in state.items())
 

@@ -319,9 +319,12 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
                 with torch.device("meta"):
                     tower_class = type(AutoModel.from_config(tower_config))
                 vision_tower = tower_class.from_pretrained(vision_tower, **kwargs)
+            text_config = text_model.config.to_dict()
+            # Its weights are plain numbers now, also if they came from a GGUF file; the Trainer refuses those that are not.
+            text_config.pop("quantization_config", None)
             config = ChatPoseConfig(
                 vision_config=vision_tower.config.to_dict(),
-                text_config=text_model.config.to_dict(),
+                text_config=text_config,
                 image_seq_length=processor.num_image_tokens,
                 vision_feature_select_strategy=processor.vision_feature_select_strategy,
                 tie_word_embeddings=text_model.config.tie_word_embeddings,
