@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,17 @@ from chatpose_hf.body import PARENTS, BodyModel
 from chatpose_hf.checkpoints import list_checkpoints
 from chatpose_hf.cli import main
 from chatpose_hf.collator import ChatPoseCollator, read_report
-from chatpose_hf.data.mixture import Mixture
+from chatpose_hf.data.mixture import Mixture, MixtureStream
 from chatpose_hf.data.rows import load_rows
 from chatpose_hf.pose_losses import PoseLoss
 from chatpose_hf.rotations import geodesic_distance
-from chatpose_hf.trainer import BadLossError, ChatPoseTrainer, ChatPoseTrainingArguments
-from chatpose_hf.training import describe_settings, parse_arguments, train
+from chatpose_hf.trainer import BadLossError, ChatPoseTrainer, ChatPoseTrainingArguments, EpochSampler
+from chatpose_hf.training import _Endless, describe_settings, parse_arguments, train
 
 
-# One plain step, a thousand gradients long, so that the weights after it are the gradient; no dropout.
-ONE_STEP = (
-    "--max_steps 1 --optim sgd --learning_rate 1000 --lr_scheduler_type constant --max_grad_norm 0 --lora_dropout 0"
-)
+PLAIN = "--optim sgd --lr_scheduler_type constant --max_grad_norm 0 --lora_dropout 0"
+# One step, a thousand gradients long, so that the weights after it are the gradient.
+ONE_STEP = f"--max_steps 1 --learning_rate 1000 {PLAIN}"
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,10 @@ def test_two_processes_give_the_gradient_of_one(desk, whole_batch, tmp_path, row
 
 def test_two_processes_see_what_one_sees(desk, tmp_path):
     """Over the end of an epoch, and in an evaluation of seven rows, which two processes cannot halve."""
-    text = f"{ONE_STEP} --eval_data {desk / 'rows'} --eval_strategy steps --eval_steps 5 --per_device_eval_batch_size 2"
-    text = text.replace("max_steps 1", "max_steps 5").replace("1000", "0.01")
+    text = (
+        f"--max_steps 5 --learning_rate 0.01 {PLAIN} --eval_data {desk / 'rows'} --eval_strategy steps --eval_steps 5 "
+        "--per_device_eval_batch_size 2"
+    )
     assert train(settings(desk, tmp_path / "one", f"{text} --per_device_train_batch_size 8")) == 0
     run = run_in_processes(desk, tmp_path / "two", f"{text} --per_device_train_batch_size 4", processes=2)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -299,6 +301,19 @@ def test_a_bad_row_stops_or_is_counted(desk, bad_rows, tmp_path):
         assert got == pytest.approx(want, rel=1e-5)
 
 
+def test_bad_rows_on_two_processes(desk, bad_rows, tmp_path):
+    """One process leaves out more rows than the other, or has none left."""
+    text = f"--train_data {bad_rows} --max_length 400 --per_device_train_batch_size 1 --num_train_epochs 1 --on_bad_row skip"
+    text += (
+        f" --learning_rate 0.01 {PLAIN} --eval_strategy epoch --eval_data {bad_rows} --per_device_eval_batch_size 2"
+    )
+    assert train(settings(desk, tmp_path / "one", f"{text} --gradient_accumulation_steps 2")) == 0
+    run = run_in_processes(desk, tmp_path / "two", text, processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
 def test_evaluation_by_hand(desk, tmp_path):
     """Token by token and pose by pose, with one model call a row."""
     text = f"--max_steps 1 --learning_rate 0 --eval_strategy steps --eval_steps 1 --eval_data {desk / 'rows'}"
@@ -342,8 +357,7 @@ def test_evaluation_by_hand(desk, tmp_path):
 def test_streams_are_cut_and_found_again(desk, tmp_path, monkeypatch):
     """Over the end of the stream; two processes see what one does, and a stopped run goes on."""
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    text = f"{ONE_STEP} --streaming --per_device_train_batch_size 8".replace("--max_steps 1", "--max_steps 5")
-    text = text.replace("1000", "0.01")
+    text = f"--max_steps 5 --learning_rate 0.01 {PLAIN} --streaming --per_device_train_batch_size 8"
     assert train(settings(desk, tmp_path / "one", text)) == 0
     assert len(history(tmp_path / "one")) == 5
     halves = text.replace("size 8", "size 4").replace("max_steps 5", "max_steps 2")
@@ -360,6 +374,22 @@ def test_streams_are_cut_and_found_again(desk, tmp_path, monkeypatch):
     assert history(tmp_path / "stopped") == history(tmp_path / "one")
     with pytest.raises(ValueError, match="expected `max_steps` with `streaming`"):
         train(settings(desk, tmp_path / "endless", "--streaming"))
+
+
+def test_each_epoch_has_an_order_of_its_own(desk, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    stream = _Endless(MixtureStream([load_rows(desk / "rows", streaming=True)], [1.0]))
+    ids = [row["id"] for row in islice(stream, 48)]
+    assert sorted(ids[:24]) == sorted(ids[24:])
+    assert ids[:24] != ids[24:]
+    sampler = EpochSampler(range(24), seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[1]) == list(range(24))
+    assert list(EpochSampler(range(24), seed=2)) != orders[0]
 
 
 def test_rows_of_like_length_share_batches(tmp_path):

@@ -60,6 +60,9 @@ class ChatPoseTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must be false: rows are made in the collator"}
     )
+    ddp_find_unused_parameters: bool = field(
+        default=False, metadata={"help": "needless: every step uses all that is trained"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "most tokens of a row, image tokens included"})
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip: rows that cannot be trained on"})
     vision_learning_rate: float | None = field(default=None, metadata={"help": "of the vision tower"})
