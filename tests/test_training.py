@@ -18,7 +18,8 @@ from make_rows import make_row, make_rows, write_splits
 from make_tiny_checkpoint import make_model, make_processor
 from safetensors.torch import load_file
 
-from chatpose_hf.adapters import TuningArguments, load_trained, prepare_model
+from chatpose_hf import ChatPoseForConditionalGeneration
+from chatpose_hf.adapters import TuningArguments, count_parameters, load_trained, prepare_model
 from chatpose_hf.body import PARENTS, BodyModel
 from chatpose_hf.checkpoints import list_checkpoints
 from chatpose_hf.cli import main
@@ -28,7 +29,7 @@ from chatpose_hf.data.rows import load_rows
 from chatpose_hf.pose_losses import PoseLoss
 from chatpose_hf.rotations import geodesic_distance
 from chatpose_hf.trainer import BadLossError, ChatPoseTrainer, ChatPoseTrainingArguments, EpochSampler
-from chatpose_hf.training import _Endless, describe_settings, parse_arguments, train
+from chatpose_hf.training import _Endless, _load_model, describe_settings, parse_arguments, train
 
 
 PLAIN = "--optim sgd --lr_scheduler_type constant --max_grad_norm 0 --lora_dropout 0"
@@ -538,6 +539,32 @@ def test_ways_of_training(desk, tmp_path, text):
     # What was evaluated last is what was saved.
     assert float(loss) == pytest.approx(logs[-1]["eval_ce_loss"], rel=0.02 if "bf16" in text else 1e-4)
     assert model.pose_head.linear_1.weight.dtype == torch.float32
+
+
+def test_qlora_keeps_what_it_must_out_of_the_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
+    processor = make_processor()
+    config = make_model(processor).config
+    config.text_config.hidden_size = 64  # 32 is too narrow for its kernels
+    config.text_config.head_dim, config.text_config.intermediate_size = 16, 128
+    model = ChatPoseForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_splits(tmp_path / "rows", make_rows(), make_rows(7))
+    text = "--load_in_4bit true --bf16 true --max_steps 12 --learning_rate 0.01 --per_device_train_batch_size 4"
+    arguments = [*settings(tmp_path, tmp_path / "out", text), "--model", str(tmp_path)]
+    assert train([*arguments, "--eval_data", str(tmp_path / "rows")]) == 0
+    losses = [log["loss"] for log in history(tmp_path / "out") if "loss" in log]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["method"] == "qlora"
+    model_args, _, tuning, _, _, args = parse_arguments(arguments)
+    base = _load_model(model_args, tuning, args, processor)
+    packed = {name for name, weight in base.named_parameters() if weight.dtype == torch.uint8}
+    assert len(packed) == 14  # seven matrices in each of two layers
+    assert all(name.startswith("model.language_model.layers.") for name in packed)
+    counts = count_parameters(base)
+    assert counts["language model"][1] == count_parameters(model)["language model"][1]
 
 
 def test_the_vision_tower_has_its_own_learning_rate(desk, tmp_path):

@@ -1,5 +1,6 @@
 """Which weights are trained, and how a trained folder becomes a model again."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         name = name.removeprefix("base_model.model.")
         part = next(part for part, start in PARTS.items() if name.startswith(start))
         trained, total = counts[part]
-        counts[part] = trained + weight.numel() * weight.requires_grad, total + weight.numel()
+        # bitsandbytes packs several weights into a number.
+        size = math.prod(getattr(weight, "quant_state", weight).shape)
+        counts[part] = trained + size * weight.requires_grad, total + size
     return counts
 
 

@@ -188,24 +188,64 @@ def train(arguments: Sequence[str]) -> int:
         BadLossError: see [`ChatPoseTrainer`].
     """
     parsed = parse_arguments(arguments)
-    model_args, data_args, tuning, loss_args, run_args, args = parsed
+    *_, run_args, args = parsed
     output_dir = Path(args.output_dir)
-    if list_checkpoints(output_dir) and not run_args.resume:
+    _check(parsed)
+    settings = describe_settings(parsed)
+    if is_main := args.process_index == 0:
+        print(f"settings that are not transformers' own defaults:\n{settings}", flush=True)
+        _say_what_changed(output_dir / CONFIG_FILE, settings)
+
+    start = time.monotonic()
+    run = {"config": yaml.safe_load(settings), "command": shlex.join(["chatpose", "train", *arguments])}
+    trainer = _make_trainer(parsed, run)
+    checkpoint = None
+    if run_args.resume:
+        with args.main_process_first(desc="looking for the last whole checkpoint"):
+            checkpoint = find_last_checkpoint(output_dir)
+    if is_main:
+        print(format_parameters(count_parameters(trainer.model)), flush=True)
+        if run_args.resume:
+            print(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting", flush=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(output_dir / CONFIG_FILE, settings.encode())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.was_terminated:
+        if is_main:
+            print(f"told to end: saved after step {trainer.state.global_step}; `--resume` goes on", flush=True)
+    else:
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        run["seconds"] = round(time.monotonic() - start, 1)
+        if trainer.is_fsdp_enabled:
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model()
+        trainer.save_state()
+        if is_main:
+            print(f"wrote {output_dir}", flush=True)
+    # A process that ends with its connections open may abort.
+    args.distributed_state.destroy_process_group()
+    return TERMINATED if trainer.was_terminated else 0
+
+
+def _check(parsed: tuple) -> None:
+    """What no part of the settings can know by itself."""
+    _, data_args, _, _, run_args, args = parsed
+    if list_checkpoints(args.output_dir) and not run_args.resume:
         raise ValueError(
-            f"{output_dir} holds the checkpoints of a training: `--resume` goes on with it; or name another `output_dir`"
+            f"{args.output_dir} holds the checkpoints of a training: `--resume` goes on with it; or name another "
+            "`output_dir`"
         )
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError("expected `max_steps` with `streaming`: a stream does not say how long an epoch is")
     if args.eval_strategy != "no" and not data_args.eval_data:
         raise ValueError(f"expected `eval_data` with `eval_strategy={args.eval_strategy.value}`")
-    settings = describe_settings(parsed)
-    is_main = args.process_index == 0
-    if is_main:
-        print(f"settings that are not transformers' own defaults:\n{settings}", flush=True)
-        _say_what_changed(output_dir / CONFIG_FILE, settings)
 
+
+def _make_trainer(parsed: tuple, run: dict) -> ChatPoseTrainer:
+    """Model, data and trainer; writes into `run` what they are."""
+    model_args, data_args, tuning, loss_args, run_args, args = parsed
     set_seed(args.seed)
-    start = time.monotonic()
     processor = ChatPoseProcessor.from_pretrained(model_args.model, revision=model_args.revision)
     model = _load_model(model_args, tuning, args, processor)
     for name in ("ce_loss_weight", "pose_loss_weight"):
@@ -217,48 +257,19 @@ def train(arguments: Sequence[str]) -> int:
     revision = getattr(model.config, "_commit_hash", None) or model_args.revision
     base = str(Path(model_args.model).resolve()) if Path(model_args.model).is_dir() else model_args.model
     model = prepare_model(model, tuning, base, revision)
-    if is_main:
-        print(format_parameters(count_parameters(model)), flush=True)
-
     train_data, train_record = _load_train_data(data_args, args)
     eval_data, eval_record = _load_eval_data(data_args)
-    run = {
+    run |= {
         "base_model": base,
         "base_revision": revision,
         "method": "qlora" if model_args.load_in_4bit else tuning.method,
         "data": train_record,
         "eval_data": eval_record,
-        "config": yaml.safe_load(settings),
-        "command": shlex.join(["chatpose", "train", *arguments]),
     }
     callbacks = []
     if run_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
-    trainer = ChatPoseTrainer(model, args, processor, train_data, eval_dataset=eval_data, run=run, callbacks=callbacks)
-    checkpoint = None
-    if run_args.resume:
-        with args.main_process_first(desc="looking for the last whole checkpoint"):
-            checkpoint = find_last_checkpoint(output_dir)
-        if is_main:
-            print(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting", flush=True)
-    if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(output_dir / CONFIG_FILE, settings.encode())
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.was_terminated:
-        if is_main:
-            print(f"told to end: saved after step {trainer.state.global_step}; `--resume` goes on", flush=True)
-        return TERMINATED
-    if eval_data is not None:
-        trainer.evaluate()
-    run["seconds"] = round(time.monotonic() - start, 1)
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    trainer.save_state()
-    if is_main:
-        print(f"wrote {output_dir}", flush=True)
-    return 0
+    return ChatPoseTrainer(model, args, processor, train_data, eval_data, run=run, callbacks=callbacks)
 
 
 def describe_settings(parsed: tuple) -> str:
@@ -296,7 +307,7 @@ def _load_model(model_args: ModelArguments, tuning: TuningArguments, args: ChatP
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
-            llm_int8_skip_modules=["pose_head", "lm_head", "vision_tower", "multi_modal_projector"],
+            llm_int8_skip_modules=["pose_head", "lm_head", "model.vision_tower", "model.multi_modal_projector"],
         )
     # Weights that an optimizer changes by little stay float32: bfloat16 would round the changes away.
     dtype = model_args.dtype or (compute_dtype if tuning.method == "lora" else "float32")
