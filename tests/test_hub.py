@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -404,6 +405,9 @@ def test_metadata_that_the_hub_refuses_stops_the_push(whole, unchecked, serve):
     assert not any("commit" in call or "preupload" in call for call in server.calls())
 
 
+@pytest.mark.skipif(
+    version("huggingface_hub").startswith("1."), reason="huggingface_hub 1 asks huggingface.co, whatever the endpoint"
+)
 def test_card_passes_the_checker_of_huggingface_hub(whole, tmp_path, serve, monkeypatch):
     server, _ = serve()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)

@@ -137,7 +137,7 @@ def test_two_processes_see_what_one_sees(desk, tmp_path):
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(one) == len(two) == 7
     for of_one, of_two in zip(one, two, strict=True):
-        assert of_two == pytest.approx(of_one, rel=1e-5)
+        assert of_two == pytest.approx(of_one, rel=1e-4)
 
 
 # -- interrupted runs --
