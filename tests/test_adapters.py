@@ -42,6 +42,7 @@ from chatpose_hf.collator import ChatPoseCollator
 
 BASES = ["untied", "tied", "llava"]
 LORA = {"lora_r": 4, "lora_alpha": 8}
+POSE_ATOL = 5e-5  # Gram-Schmidt makes more of the states' last digits than the output layer does
 POSE_HEAD = {f"pose_head.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
 TOWER = "model.vision_tower."
 
@@ -373,7 +374,7 @@ def test_a_trained_lora_when_loaded_then_answers_as_it_did(trained):
     assert not loaded.training
     output = loaded(**trained.batch)
     torch.testing.assert_close(output.logits, trained.output.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=POSE_ATOL, rtol=0)
     untrained = trained.base.eval()(**trained.batch)
     assert (untrained.logits - output.logits).abs().max() > 0.05
     assert (untrained.pose_rotmats - output.pose_rotmats).abs().max() > 0.05
@@ -404,7 +405,7 @@ def test_other_loras_then_train_and_come_back(bases, tmp_path, settings):
     assert any("magnitude" in name for name in trained_names(trained.model)) == ("use_dora" in settings)
     output = load_trained(tmp_path)[0](**trained.batch)
     torch.testing.assert_close(output.logits, trained.output.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=POSE_ATOL, rtol=0)
 
 
 def test_a_lora_with_vision_parts_then_comes_back(bases, tmp_path):
@@ -420,7 +421,7 @@ def test_a_lora_with_vision_parts_then_comes_back(bases, tmp_path):
     assert moved == wanted_vision_names(trained.base, VISION_PARTS["the tower"][1] | {"projector"})
     output = loaded(**trained.batch)
     torch.testing.assert_close(output.logits, trained.output.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.pose_rotmats, trained.output.pose_rotmats, atol=POSE_ATOL, rtol=0)
 
 
 HEAD_IS_COARSE = pytest.mark.xfail(strict=True, reason="BUG: from_llava in bfloat16 makes the head in bfloat16 too")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from make_tiny_checkpoint import make_model, make_processor
+from make_tiny_checkpoint import make_image_processor, make_model, make_processor, make_tokenizer
 from test_data_posescript import write_amass, write_release
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -40,10 +40,11 @@ def desk(official, tmp_path_factory):
     settings = make_model(processor).config.to_dict()
     settings = {name: settings[name] for name in ("vision_config", "text_config", "image_token_index")}
     LlavaForConditionalGeneration(LlavaConfig(**settings, image_seq_length=4)).save_pretrained(llava)
-    base = make_processor()
+    tokenizer = make_tokenizer()  # as published: `<image>`, but no `<POSE>`
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
     LlavaProcessor(
-        base.image_processor,
-        base.tokenizer,
+        make_image_processor(),
+        tokenizer,
         patch_size=14,
         num_additional_image_tokens=1,
         chat_template=None,
@@ -79,12 +80,15 @@ def test_run_and_python_blocks(desk):
     assert "text_to_pose 3" in out
     assert "pose_estimation" in out
     assert (desk / "rows" / "synthetic" / "sheet.png").is_file()
+    out = run(["bash", "-euc", "".join(blocks("bash", "Train"))], desk)
+    assert "wrote poser" in out
+    assert "24 joint rotations" in out
+    assert "dry run: nothing was sent" in out
     printed = [run([sys.executable, "-c", block], desk) for block in blocks("python")]
     assert printed[0] == "torch.Size([1, 13718, 3]) torch.Size([1, 24, 3]) default\n"
     assert printed[1].count("<POSE>") == printed[1].count("torch.Size([72])") == 2
     assert "torch.Size([23, 3])" in printed[2]
-    assert printed[3].startswith("9 {'type': 'text'")
-    assert len(printed) == 4
+    assert len(printed) == 3
     example = [sys.executable, str(ROOT / "examples" / "chat_about_a_photo.py"), "chatpose-13b", "photo.png", "talk"]
     assert run(example, desk).count("(1 poses)") == 2
     assert (desk / "talk" / "turn_2" / "page.html").is_file()

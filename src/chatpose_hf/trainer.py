@@ -72,6 +72,8 @@ class ChatPoseTrainingArguments(TrainingArguments):
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.ddp_backend = "gloo"  # accelerate 1.15 would let each process train alone
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn
         if self.remove_unused_columns:
             raise ValueError("expected `remove_unused_columns=False`: the collator needs all columns of a row")
         if self.on_bad_row not in ON_BAD_ROW:
