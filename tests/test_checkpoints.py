@@ -82,7 +82,6 @@ def test_seal_when_it_is_done_twice_to_a_folder_then_the_manifest_is_of_the_seco
     assert find_fault(seal(folder, "checkpoint-1")) is None
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: seal leaves files called manifest.json out wherever they are")
 def test_seal_when_a_nested_file_is_called_as_the_manifest_then_it_is_listed_too(tmp_path):
     sealed = make_checkpoint(tmp_path, 1, {"state.json": b"{}", "shards/manifest.json": b"theirs"})
     (sealed / "shards" / "manifest.json").unlink()
@@ -106,12 +105,7 @@ def test_seal_when_it_is_killed_then_no_checkpoint_of_the_name_is_there(tmp_path
     assert find_fault(seal(folder, "checkpoint-2")) is None  # and what was written can still be sealed
 
 
-OLD_IS_LOST = pytest.mark.xfail(
-    strict=True, reason="BUG: seal removes the old checkpoint before the new one has its name"
-)
-
-
-@pytest.mark.parametrize("moment", ["manifest", "sync", pytest.param("rename", marks=OLD_IS_LOST)])
+@pytest.mark.parametrize("moment", ["manifest", "sync", "rename"])
 def test_seal_when_it_is_killed_then_the_old_checkpoint_of_the_name_is_intact(tmp_path, monkeypatch, moment):
     old = make_checkpoint(tmp_path, 2, {"old.bin": b"old"})
     folder = write_unsealed(tmp_path)

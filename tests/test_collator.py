@@ -231,7 +231,6 @@ def every_warning():
     torch.set_warn_always(False)
 
 
-@pytest.mark.xfail(strict=True, raises=UserWarning, reason="BUG: torch warns that a list of arrays is extremely slow")
 def test_poses_as_arrays_then_are_as_good(collator, every_warning):
     """As the readers of motion files and the makers of synthetic people give them."""
     row = text_row(count=2)
@@ -240,7 +239,6 @@ def test_poses_as_arrays_then_are_as_good(collator, every_warning):
         torch.testing.assert_close(collator([given])[name], value, atol=0, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="BUG: valid for validate_row, too much for torch.tensor")
 def test_masks_of_numpys_booleans_then_are_as_good(collator):
     row = picture_row(count=2)
     given = {**row, "pose_mask": [list(np.array(mask)) for mask in row["pose_mask"]]}
@@ -470,7 +468,6 @@ def test_bad_row_when_told_to_skip_then_the_others_are_the_batch(processor, kind
         torch.testing.assert_close(batch[key], value, atol=0, rtol=0)
 
 
-# BUG: these get through the net, as a bare TypeError without the row's id, whatever `on_bad_row` says.
 WILD_ROWS = {
     "a mask that is a number": text_row("wild", pose_mask=[24]),
     "a mask that is None": text_row("wild", pose_mask=[None]),
@@ -479,7 +476,6 @@ WILD_ROWS = {
 
 
 @pytest.mark.parametrize("kind", WILD_ROWS)
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="BUG: a TypeError is not taken for a bad row")
 def test_bad_row_of_wrong_types_then_is_named_or_skipped_like_any(processor, kind):
     row = WILD_ROWS[kind]
     with pytest.raises(ValueError, match="cannot train on row 'wild'"):
@@ -496,7 +492,6 @@ REFUSES_SYSTEM = (
 )
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: what a chat template raises is not taken for a bad row")
 def test_bad_row_when_the_template_refuses_its_chat_then_is_named_or_skipped_like_any():
     """Gemma's template, for one, raises at a system message."""
     processor = make_processor()
@@ -613,7 +608,6 @@ def test_plain_trainer_when_a_batch_has_only_bad_rows_then_its_weights_stay(proc
         torch.testing.assert_close(weight.detach(), before[name], atol=0, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the plain Trainer counts no label tokens, and the loss is 0 / 0")
 def test_batch_of_bad_rows_alone_when_the_trainer_counts_its_tokens_then_the_loss_is_zero(processor, model):
     batch = ChatPoseCollator(processor, on_bad_row="skip")([None])
     count = (batch["labels"][:, 1:] != -100).sum()

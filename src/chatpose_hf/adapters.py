@@ -105,12 +105,12 @@ def prepare_model(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     names = "|".join(map(re.escape, tuning.lora_targets))
     targets = rf"model\.language_model\..*\.({names})"
-    found = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in linear if re.fullmatch(targets, name)]
     absent = [name for name in tuning.lora_targets if not any(path.endswith(f".{name}") for path in found)]
     if absent or not found:
-        layers = model.model.language_model.named_modules()
-        linear = sorted({name.split(".")[-1] for name, module in layers if isinstance(module, nn.Linear)})
-        raise ValueError(f"expected `lora_targets` of {', '.join(linear)}, got {', '.join(absent) or 'none'}")
+        names = sorted({name.split(".")[-1] for name in linear if name.startswith("model.language_model.")})
+        raise ValueError(f"expected `lora_targets` of {', '.join(names)}, got {', '.join(absent) or 'none'}")
     tokens = {"embed_tokens": [model.config.pose_token_id]}
     if not model.config.tie_word_embeddings:
         tokens["lm_head"] = [model.config.pose_token_id]
@@ -126,6 +126,10 @@ def prepare_model(
         revision=revision,
     )
     model = get_peft_model(model, config)
+    # Also the copies of vision modules of a base in bfloat16, which would round small changes away.
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     model.peft_config["default"].base_model_name_or_path = base
     return model
 
@@ -143,7 +147,7 @@ def _trained_modules(model: ChatPoseForConditionalGeneration, tuning: TuningArgu
         taken = model.config.vision_feature_layer
         taken = taken if isinstance(taken, list | tuple) else [taken]
         used = layer_names[: max(layer if layer >= 0 else len(layer_names) + 1 + layer for layer in taken)]
-        if tuning.vision_layers > len(used):
+        if not used or tuning.vision_layers > len(used):
             raise ValueError(f"expected at most {len(used)} `vision_layers`, got {tuning.vision_layers}")
         if tuning.vision_layers == -1:
             tower = used[0].split(".encoder.")[0]

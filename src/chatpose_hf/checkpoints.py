@@ -74,16 +74,24 @@ def seal(folder: str | Path, name: str) -> Path:
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(_walk(folder))
-        if path.name != MANIFEST
+        if path != folder / MANIFEST
     }
     write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1).encode())
     for path in _walk(folder):
         _sync(path)
     final = folder.parent.parent / name
+    old = final.with_name(f".old-{name}")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
-    os.replace(folder, final)
+        final.rename(old)
+    try:
+        os.replace(folder, final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
     _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -70,7 +71,7 @@ class ChatPoseCollator:
         for row in rows:
             try:
                 item, is_cut = self._encode(row)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # chat templates raise whatever Jinja does, pictures whatever Pillow does
                 name = row.get("id") if isinstance(row, dict) else None
                 if self.on_bad_row == "stop":
                     raise ValueError(
@@ -108,8 +109,8 @@ class ChatPoseCollator:
         item = {
             "input_ids": input_ids,
             "labels": labels,
-            "pose_rotvecs": torch.tensor(row["poses"], dtype=torch.float32).view(-1, NUM_JOINTS, 3),
-            "pose_mask": torch.tensor(row["pose_mask"], dtype=torch.int).view(-1, NUM_JOINTS),
+            "pose_rotvecs": torch.from_numpy(np.array(row["poses"], dtype=np.float32)).view(-1, NUM_JOINTS, 3),
+            "pose_mask": torch.from_numpy(np.array(row["pose_mask"], dtype=np.int32)).view(-1, NUM_JOINTS),
         }
         if "pixel_values" in batch:
             item["pixel_values"] = batch["pixel_values"]

@@ -346,6 +346,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             with torch.no_grad():
                 for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                     embeddings.weight[old:] = embeddings.weight[:old].float().mean(0).to(embeddings.weight.dtype)
+        model.pose_head.float()  # new, so not from a file, where the rule for float32 would have met it
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, getattr(processor.tokenizer, name))
@@ -431,7 +432,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         if labels is not None:
             labels = labels.to(logits.device)
             is_label = labels[:, 1:] != -100
-            num_tokens = is_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            # At least 1: a batch of rows that all were left out has a loss of zero.
+            num_tokens = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch).clamp(
+                min=1
+            )
             ce_loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -450,7 +454,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
                 errors, num_poses = pose_errors
                 pose_loss = errors.sum() / (num_poses if num_poses_in_batch is None else num_poses_in_batch) + unused
                 if num_poses_in_batch is None and num_items_in_batch is not None:
-                    pose_loss = pose_loss * (is_label.sum() / num_items_in_batch)
+                    pose_loss = pose_loss * (is_label.sum() / num_tokens)
             loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
             if pixel_values is None and self._needs_every_module():
                 loss = loss + self._touch_vision()

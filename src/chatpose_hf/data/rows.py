@@ -94,6 +94,7 @@ def validate_row(row: dict) -> None:
         )
     for image in row["images"]:
         is_encoded = isinstance(image, dict) and bool(image.get("bytes") or image.get("path"))
+        is_encoded = is_encoded and isinstance(image.get("bytes"), bytes | None)
         expect(is_encoded or hasattr(image, "getpixel"), "images", "expected a picture, or its bytes or path")
     for pose in row["poses"]:
         array = _as_numbers(pose)
@@ -102,7 +103,8 @@ def validate_row(row: dict) -> None:
         expect(bool(np.isfinite(array).all()), "poses", "expected finite numbers")
     expect(len(row["pose_mask"]) == len(row["poses"]), "pose_mask", "expected one for each pose")
     for mask in row["pose_mask"]:
-        is_mask = len(mask) == NUM_JOINTS and all(isinstance(value, bool | np.bool_) for value in mask)
+        is_mask = isinstance(mask, list | tuple | np.ndarray) and len(mask) == NUM_JOINTS
+        is_mask = is_mask and all(isinstance(value, bool | np.bool_) for value in mask)
         expect(is_mask, "pose_mask", f"expected {NUM_JOINTS} booleans", mask)
         expect(any(mask), "pose_mask", "expected a joint that is supervised")
     for caption in row["captions"]:
