@@ -515,7 +515,7 @@ def test_the_command_trains_reloads_answers_and_publishes(desk, uninterrupted, t
     [
         "--bf16 true",
         "--gradient_checkpointing true",
-        "--method full",
+        "--method full --train_sampling_strategy group_by_length",
         "--vision_layers 1 --vision_learning_rate 1e-5 --train_projector true",
         "--vision_layers -1 --method full --joint_error geodesic --joint_position_weight 0.5",
         "--use_dora true --use_rslora true --lora_targets q_proj up_proj --joint_error rot6d_l1 --joint_weights pelvis=2",

@@ -259,6 +259,10 @@ class ChatPoseTrainer(Trainer):
         )
         return self._sampler
 
+    def _get_eval_sampler(self, eval_dataset):
+        # In their order: to group them, the Trainer would look for lengths among the rows' columns.
+        return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
     def _make_lengths(self, dataset) -> Callable[[], np.ndarray]:
         """Lengths in tokens, but for the template; of the conversations as stored, which other epochs' resemble."""
         sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
