@@ -413,6 +413,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs["cache"] = cache
         elif past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
+        if labels is not None and pixel_values is None and self._needs_every_module():
+            # Before the language model, as with pictures: processes that wait for one another must go the same way.
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            inputs_embeds, input_ids = inputs_embeds + self._touch_vision(inputs_embeds), None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -456,8 +460,6 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
                 if num_poses_in_batch is None and num_items_in_batch is not None:
                     pose_loss = pose_loss * (is_label.sum() / num_tokens)
             loss = self.config.ce_loss_weight * ce_loss + self.config.pose_loss_weight * pose_loss
-            if pixel_values is None and self._needs_every_module():
-                loss = loss + self._touch_vision()
             ce_loss, pose_loss = ce_loss.detach(), pose_loss.detach()
         elif pose_labels is not None:
             raise ValueError("`pose_labels` need `labels`: they belong to the `<POSE>` tokens among the labels")
@@ -507,11 +509,11 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         # FSDP2's weights have a mesh, DeepSpeed ZeRO-3's an id.
         return any(w.requires_grad or hasattr(w, "device_mesh") or hasattr(w, "ds_id") for w in vision)
 
-    def _touch_vision(self) -> Tensor:
-        """Zero, computed through the vision path."""
+    def _touch_vision(self, like: Tensor) -> Tensor:
+        """Zero, computed through the vision path; of another tensor's type and device."""
         size = self.config.vision_config.image_size
-        blank = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.lm_head.weight.device)
-        return torch.stack([features.sum() for features in self.get_image_features(blank).pooler_output]).sum() * 0.0
+        features = self.get_image_features(like.new_zeros(1, 3, size, size)).pooler_output
+        return torch.stack([feature.sum() for feature in features]).sum().to(like) * 0.0
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *args, force_pose: bool = False, **kwargs):

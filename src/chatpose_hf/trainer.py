@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.utils.data
+from accelerate import DistributedType, PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
@@ -69,8 +69,6 @@ class ChatPoseTrainingArguments(TrainingArguments):
     body: str = field(default="default", metadata={"help": "body of the evaluation's millimetres"})
 
     def __post_init__(self):
-        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            self.ddp_backend = "gloo"  # accelerate 1.15 would let each process train alone
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn
@@ -235,6 +233,12 @@ class ChatPoseTrainer(Trainer):
         if self.args.world_size == 1:
             return value
         return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), "sum") > 0)
+
+    def create_accelerator_and_postprocess(self):
+        """With FSDP where it is asked for: accelerate 1.15 would take DDP on the CPU, and say nothing."""
+        if self.args.fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     # -- data --
 
