@@ -40,6 +40,8 @@ def test_settings_are_taken_as_written(path, tmp_path, monkeypatch):
     for name, value in settings.items():
         if name == "train_data" and isinstance(value, dict):
             value = [f"{key}={weight}" for key, weight in value.items()]
+        if name in ("train_data", "eval_data") and isinstance(value, str):
+            value = [value]
         if name not in ("fsdp", "fsdp_config", "report_to"):
             assert values[name] == value, name
 
