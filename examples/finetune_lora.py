@@ -3,7 +3,7 @@
     python examples/finetune_lora.py BASE ROWS OUT [--steps 200]
 
 BASE: folder or Hub id (`examples/make_base.py` makes a small one). ROWS: what `chatpose data` wrote, splits train and val.
-A base of 1.8 M weights on 2 CPU cores: a minute for 200 steps. LLaVA-1.5-7B needs a GPU; not measured.
+A base of 1.5 M weights on 2 CPU cores: a minute for 200 steps. LLaVA-1.5-7B needs a GPU; not measured.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/make_base.py smollm2-base --text-model HuggingFaceTB/SmolLM2-135M-Instruct
     python examples/make_base.py smollm2-base --text-model FOLDER --gguf MODEL.gguf     # needs the package gguf
-    python examples/make_base.py tiny-base --rows rows/cmu                              # 1.8 M new weights, no download
+    python examples/make_base.py tiny-base --rows rows/cmu                              # some 1.5 M new weights, no download
 
 The vision tower is new and small, so pictures need much training; for one that sees already, `--vision
 openai/clip-vit-base-patch16`. 2 CPU cores: half a minute, 1.5 GB for SmolLM2.

@@ -4,6 +4,8 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once instead of hanging
+# One thread for each of the processes that tests run in, and for those that they start: bit for bit the same sums.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import tempfile

@@ -116,7 +116,7 @@ def test_splitting_a_batch_changes_nothing(desk, whole_batch, tmp_path, rows, ac
     assert_same_step(tmp_path / "out", whole_batch)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_give_the_gradient_of_one(desk, whole_batch, tmp_path, rows):
     """With one row each, one of the two has no pose, or no picture, in most steps."""
     text = f"{ONE_STEP} --per_device_train_batch_size {rows} --gradient_accumulation_steps {4 // rows}"

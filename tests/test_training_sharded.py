@@ -40,7 +40,7 @@ def fsdp(tmp_path_factory):
     """Flags without blanks in them."""
     file = tmp_path_factory.mktemp("fsdp") / "fsdp.json"
     file.write_text(FSDP)
-    return f"--fsdp full_shard --fsdp_config {file}"
+    return f"--fsdp --fsdp_config {file}"
 
 
 def test_two_shards_give_the_gradient_of_one_process(desk, whole_batch, fsdp, tmp_path):  # noqa: F811

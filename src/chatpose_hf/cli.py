@@ -169,12 +169,13 @@ def _load_pipeline(options):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {options.device!r} here: {str(error).splitlines()[0]}") from error
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if find_adapter_config_file(options.model):
-        from .adapters import load_trained
-
-        model, processor = load_trained(options.model, dtype="auto")
-        return ChatPosePipeline(model=model, processor=processor, device=device)
     try:
+        if find_adapter_config_file(options.model):
+            with _names_extra("train"):
+                from .adapters import load_trained
+
+            model, processor = load_trained(options.model, dtype="auto")
+            return ChatPosePipeline(model=model, processor=processor, device=device)
         config = AutoConfig.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a ChatPose checkpoint from {options.model!r}: {error}") from error

@@ -237,7 +237,7 @@ class ChatPoseTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         """With FSDP where it is asked for: accelerate 1.15 would take DDP on the CPU, and say nothing."""
         if self.args.fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
     # -- data --
@@ -351,7 +351,9 @@ class ChatPoseTrainer(Trainer):
         new = {name: reason for name, reason in report["skipped"] if name not in self._skipped_names}
         if new:
             self._skipped_names |= new.keys()
-            with (Path(self.args.output_dir) / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+            path = Path(self.args.output_dir) / SKIPPED_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
                 for name, reason in new.items():
                     logger.warning(f"left out row {name!r}: {reason}")
                     file.write(f"{json.dumps({'id': name, 'reason': reason}, ensure_ascii=False)}\n")
@@ -490,6 +492,9 @@ class ChatPoseTrainer(Trainer):
         finally:
             self._is_staging = False
         self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            # Not where it is now, and on every process: each loads the best model from there.
+            self.state.best_model_checkpoint = str(output_dir / name)
         if self.args.should_save:
             self._seal(staging / name, sums, output_dir)
         self.accelerator.wait_for_everyone()
@@ -497,7 +502,6 @@ class ChatPoseTrainer(Trainer):
 
     def _seal(self, folder: Path, sums: list[float], output_dir: Path) -> None:
         if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(output_dir / folder.name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
         record = {
             "sums": sums,
