@@ -1,8 +1,11 @@
 """`chatpose train`: settings in, a trained adapter or model out."""
 
+import atexit
 import dataclasses
 import json
+import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,9 +226,23 @@ def train(arguments: Sequence[str]) -> int:
         trainer.save_state()
         if is_main:
             print(f"wrote {output_dir}", flush=True)
-    # A process that ends with its connections open may abort.
-    args.distributed_state.destroy_process_group()
-    return TERMINATED if trainer.was_terminated else 0
+    status = TERMINATED if trainer.was_terminated else 0
+    if args.world_size > 1:
+        _leave_group(trainer, status)
+    return status
+
+
+def _leave_group(trainer: ChatPoseTrainer, status: int) -> None:
+    """Ends one of several processes in order."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.device.type != "cpu":
+        trainer.args.distributed_state.destroy_process_group()
+        return
+    # gloo's threads now and then abort a process that Python takes apart (torch 2.13): leave before that.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _check(parsed: tuple) -> None:
