@@ -331,13 +331,11 @@ class ChatPoseTrainer(Trainer):
 
     @torch.no_grad()
     def _add_to_sums(self, inputs: dict, outputs, report: dict) -> None:
-        mask = inputs["pose_mask"] > 0
-        count = len(outputs["pose_rotmats"])
-        angles = geodesic_distance(outputs["pose_rotmats"].float(), inputs["pose_labels"][:count].float())
+        _, _, mask, angles = _match_poses(inputs, outputs)
         values = (
             outputs["ce_loss"],
             outputs["pose_loss"],
-            torch.where(mask[:count], angles, 0.0).sum(),
+            angles.sum(),
             mask.sum(),
             mask.any(-1).sum(),
             inputs["attention_mask"].sum(),
@@ -419,21 +417,17 @@ class ChatPoseTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         ce = nn.functional.cross_entropy(outputs["logits"][:, :-1].float().transpose(1, 2), labels, reduction="none")
         row_of_pose = (labels == self._bare_model().config.pose_token_id).nonzero()[:, 0]
-        count = len(row_of_pose)
-        rotmats, targets = outputs["pose_rotmats"].float(), inputs["pose_labels"][:count].float()
-        mask = inputs["pose_mask"][:count] > 0
+        rotmats, targets, mask, angles = _match_poses(inputs, outputs)
         losses = self._bare_model().pose_loss_function(rotmats, targets, mask)
-        angles = torch.where(mask, geodesic_distance(rotmats, targets), 0.0)
         if self._body is None:
             self._body = BodyModel.load(self.args.body)
         body = self._body.to(rotmats.device)
         # A joint's own rotation does not move it; those of its ancestors do.
-        is_placed = mask.new_ones(count, len(PARENTS))
+        is_placed = torch.ones_like(mask)
         for joint, parent in enumerate(PARENTS[1:], start=1):
             is_placed[:, joint] = is_placed[:, parent] & mask[:, parent]
-        shared = [
-            joint for joint, name in enumerate(JOINT_NAMES) if body.joint_names[joint] == name
-        ]  # not SMPL-X's jaw
+        # Not SMPL-X's jaw, which stands where SMPL has a hand.
+        shared = [joint for joint, name in enumerate(JOINT_NAMES) if body.joint_names[joint] == name]
         distances = (body.joints(rotmats) - body.joints(targets)).norm(dim=-1)[:, shared]
         is_placed = is_placed[:, shared]
         of_poses = torch.stack(
@@ -563,6 +557,16 @@ class ChatPoseTrainer(Trainer):
             "body": self.args.body,
             **self._run,
         }
+
+
+def _match_poses(inputs: dict, outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Of a batch's `P` poses, without padding: predictions and targets `(P, J, 3, 3)`, which joints are supervised, and the
+    angle between the two there, radians, zero elsewhere, both `(P, J)`.
+    """
+    rotmats = outputs["pose_rotmats"].float()
+    targets, mask = inputs["pose_labels"][: len(rotmats)].float(), inputs["pose_mask"][: len(rotmats)] > 0
+    return rotmats, targets, mask, torch.where(mask, geodesic_distance(rotmats, targets), 0.0)
 
 
 def _version(name: str) -> str | None:
