@@ -23,20 +23,26 @@ HUB_FILES = {
 MODEL_LAYER = 10
 LAYERS = {
     "atomic_write": 1,
+    "metrics": 1,
+    "processes": 1,
     "array_files": 1,
     "image_files": 1,
+    "batch_log": 2,
     "card": 2,
     "pose_files": 2,
     "smpl_files": 2,
     "render": 3,
     "body": 3,
     "export": 4,
+    "report": 4,
     "data": 1,  # the table of sources
     "data.rows": 2,
     "data.prompts": 3,
     "data.source": 4,
     "data.mixture": 4,
+    "baselines": 4,
     "data.pose_codes": 4,
+    "pose_protocols": 5,
     "data.captions": 5,
     "data.endpoint": 4,
     "data.mocap_files": 2,
@@ -60,19 +66,23 @@ LAYERS = {
     "collator": 10,
     "pose_losses": 10,
     "adapters": 10,
+    "retrieval": 10,
     "trainer": 11,
     "training": 12,
     "hub": 12,
+    "evaluation": 12,
+    "train_retrieval": 13,
     "convert_chatpose_tokenizer_to_hf": 10,
     "convert_chatpose_weights_to_hf": 10,
     "app": 11,
-    "cli": 13,
-    "__init__": 13,
+    "cli": 14,
+    "__init__": 14,
 }
 # One lazy import goes up: it makes `save_pretrained` copy the pipeline's file beside the weights. Adapters take the
 # classes by the package's names, which registers them.
 EXCEPTIONS = {
     ("adapters", "__init__"),
+    ("evaluation", "__init__"),
     ("modeling_chatpose", "pipeline_chatpose"),
     ("convert_chatpose_weights_to_hf", "convert_chatpose_tokenizer_to_hf"),
 }

@@ -424,7 +424,6 @@ BAD_ROWS = {
     "no id": (text_row(id=""), "`id`: expected a text"),
     "poses missing": (text_row("bad", poses=[], pose_mask=[]), "`poses`: expected one for each pose part"),
     "NaN": (text_row("bad", poses=[[[float("nan")] * 3] * 24]), "`poses`: expected finite numbers"),
-    "nothing supervised": (text_row("bad", pose_mask=[[False] * 24]), "`pose_mask`: expected a joint"),
     "answer missing": (chat_row("bad", "Hi."), "user and assistant in turn"),
     "no picture": (picture_row("bad", images=[{"bytes": b"no picture", "path": None}]), "its picture is no picture"),
     "named": (picture_row("bad", images=[{"bytes": b"no picture", "path": "a/b.png"}]), "a/b.png is no picture"),

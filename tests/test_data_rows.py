@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
 
+from chatpose_hf.collator import ChatPoseCollator
 from chatpose_hf.data.rows import FEATURES, RowError, caption_texts, load_rows, validate_row, write_rows
 
 
@@ -48,6 +50,7 @@ def test_validate_row_when_the_row_is_right_then_is_silent():
     validate_row(make_row())
     validate_row(make_row(images=[Image.new("RGB", (4, 4))]))
     validate_row(make_row(task="vqa", messages=text_messages("Hi", "Hello"), images=[], poses=[], pose_mask=[]))
+    validate_row(make_row(pose_mask=[[False] * 24]))  # a pose that nobody knows
     system = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
     validate_row(make_row(messages=system + make_row()["messages"]))
 
@@ -88,7 +91,6 @@ FAULTS = {
     "nan": ({"poses": [np.full((24, 3), np.nan)]}, "`poses`: expected finite numbers"),
     "mask length": ({"pose_mask": [[True] * 23]}, "`pose_mask`: expected 24 booleans"),
     "mask numbers": ({"pose_mask": [[1.0] * 24]}, "`pose_mask`: expected 24 booleans"),
-    "mask empty": ({"pose_mask": [[False] * 24]}, "`pose_mask`: expected a joint"),
     "mask missing": ({"pose_mask": []}, "`pose_mask`: expected one for each pose"),
     "caption kind": ({"captions": [{"text": "x"}]}, "`captions`: expected `kind` and `text`"),
     "caption with a token": (
@@ -211,3 +213,40 @@ def test_caption_texts_when_kinds_are_given_then_takes_those():
     row = {"captions": [{"kind": "human", "text": "a"}, {"kind": "geometry", "text": "b"}]}
     assert caption_texts(row) == ["a", "b"]
     assert caption_texts(row, ["geometry"]) == ["b"]
+
+
+def unknown(id="unknown", value=0.0):
+    return make_row(id, poses=[np.full((24, 3), value)], pose_mask=[[False] * 24])
+
+
+def test_batch_when_nobody_knows_a_pose_then_its_words_are_learnt_and_nothing_of_the_pose(processor, model):
+    collator = ChatPoseCollator(processor)
+    head = list(model.pose_head.parameters())
+    batch = collator([unknown()])
+    assert (batch["labels"] == model.config.pose_token_id).sum() == 1
+    outputs = model(**batch)
+    assert outputs.ce_loss.isfinite()
+    assert outputs.ce_loss > 0
+    torch.testing.assert_close(outputs.loss, model.config.ce_loss_weight * outputs.ce_loss, rtol=0, atol=0)
+    assert outputs.pose_loss == 0
+    gradients = torch.autograd.grad(outputs.loss, head)
+    assert all((gradient == 0).all() for gradient in gradients)
+    assert torch.equal(model(**collator([unknown(value=0.7)])).loss, outputs.loss)
+
+
+def test_batch_when_one_pose_of_two_is_unknown_then_the_other_has_all_of_the_pose_loss(processor, model):
+    """It is no pose of the mean either."""
+    collator = ChatPoseCollator(processor)
+    alone = model(**collator([make_row()])).pose_loss
+    assert alone > 0
+    for rows in ([unknown(), make_row()], [make_row(), unknown()]):
+        batch = collator(rows)
+        torch.testing.assert_close(model(**batch).pose_loss, alone, rtol=1e-5, atol=1e-6)
+        assert (batch["pose_mask"] > 0).any(-1).sum() == 1
+
+
+def test_rows_when_a_pose_is_unknown_then_are_stored_as_such(tmp_path):
+    write_rows(tmp_path / "x.parquet", [unknown()])
+    (row,) = load_rows(tmp_path / "x.parquet")
+    assert row["pose_mask"] == [[False] * 24]
+    validate_row(row)

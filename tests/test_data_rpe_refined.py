@@ -182,3 +182,111 @@ def test_parts_when_no_file_is_there_then_says_which_are_expected(tmp_path):
         FileNotFoundError, match=r"refine_vqa_\{behavior,outfits,pose,shape\}_withGT.json in .*found none"
     ):
         RpeRefined(tmp_path).parts()
+
+
+# -- beside the poses --
+
+
+def with_truth(id="000000", image=BUS, seed=0, drop=(), drop_parameters=(), **changes):
+    rng = np.random.default_rng(seed)
+    truth = make_item()["ground_truth"] | {"fitted_joint_cam": rng.normal(0, 1, (24, 3)).tolist()}
+    parameters = truth["smpl_param"] | {"shape": rng.normal(0, 1, 10).tolist()}
+    parameters |= {name: changes.pop(name) for name in ("shape", "gender") if name in changes}
+    truth["smpl_param"] = {name: value for name, value in parameters.items() if name not in drop_parameters}
+    truth |= changes
+    return make_item(id, image, ground_truth={name: value for name, value in truth.items() if name not in drop})
+
+
+def test_truths_then_are_of_the_item_in_the_order_asked(tmp_path):
+    behavior = [with_truth(seed=1), with_truth("000001", CAFE, 2, gender="female"), with_truth("000002", seed=3)]
+    outfits = [with_truth(seed=4, gender="Neutral")]
+    write(tmp_path, outfits, "outfits", place="")
+    source = write(tmp_path, [3, {"id": 1}, *behavior])  # no photo is needed
+    asked = [
+        (f"behavior/{BUS}/000002", behavior[2], "male"),
+        (f"outfits/{BUS}/000000", outfits[0], "neutral"),
+        (f"behavior/{CAFE}/000001", behavior[1], "female"),
+        (f"behavior/{BUS}/000000", behavior[0], "male"),
+        (f"behavior/{BUS}/000002", behavior[2], "male"),
+    ]
+    truths = source.truths([id for id, _, _ in asked])
+    assert len(truths) == len(asked)
+    for truth, (_, item, gender) in zip(truths, asked, strict=True):
+        given = item["ground_truth"]
+        np.testing.assert_allclose(truth.joints, given["fitted_joint_cam"], rtol=1e-6)
+        np.testing.assert_allclose(truth.betas, given["smpl_param"]["shape"], rtol=1e-6)
+        assert truth.joints.dtype == truth.betas.dtype == np.float32
+        assert truth.gender == gender
+        assert truth.known.dtype == bool
+        assert truth.known.tolist() == [True] * 24
+
+
+def test_truths_when_of_rows_then_their_ids_are_known(tmp_path):
+    put(tmp_path, BUS, jpeg(1))
+    write(tmp_path, [with_truth(3), with_truth(4)], "shape")  # ids are numbers in the released files
+    source = write(tmp_path, [with_truth("a"), with_truth("b/c")])
+    ids = [row["id"] for row in source]
+    assert len(ids) == 4
+    assert len(source.truths(ids)) == 4
+    assert source.truths([]) == []
+
+
+def test_truths_when_two_items_have_the_same_id_then_the_first_counts_as_in_rows(tmp_path):
+    put(tmp_path, BUS, jpeg(1))
+    source = write(tmp_path, [with_truth(seed=1), with_truth(seed=2)])
+    (row,) = source
+    (truth,) = source.truths([row["id"]])
+    np.testing.assert_allclose(truth.joints, with_truth(seed=1)["ground_truth"]["fitted_joint_cam"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        f"behavior/{BUS}/000009",
+        f"behavior/{CAFE}/000000",
+        f"behavior/{BUS}",
+        f"summary/{BUS}/000000",
+        f"../{BUS}/000000",
+        "",
+    ],
+)
+def test_truths_when_the_files_have_no_such_item_then_error_names_row_and_file(tmp_path, id):
+    source = write(tmp_path, [with_truth()])
+    with pytest.raises(ValueError, match="other files") as caught:
+        source.truths([f"behavior/{BUS}/000000", id])
+    assert repr(id) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_truths_when_the_attributes_file_is_absent_then_error_names_it(tmp_path):
+    source = write(tmp_path, [with_truth()])
+    with pytest.raises(FileNotFoundError, match=r"refine_vqa_pose_withGT.json"):
+        source.truths([f"pose/{BUS}/000000"])
+
+
+WRONG_TRUTHS = {
+    "not fitted": (with_truth(drop=["fitted_joint_cam"]), "expected `fitted_joint_cam` and `smpl_param` with"),
+    "no parameters": (with_truth(drop=["smpl_param"]), "expected `fitted_joint_cam` and `smpl_param` with"),
+    "no shape": (with_truth(drop_parameters=["shape"]), "`smpl_param` with shape and gender"),
+    "no gender": (with_truth(drop_parameters=["gender"]), "`smpl_param` with shape and gender"),
+    "no truth": (make_item(ground_truth=None), "got None"),
+    "22 joints": (with_truth(fitted_joint_cam=[[0.0] * 3] * 22), r"shape \(24, 3\), got \(22, 3\)"),
+    "NaN joint": (with_truth(fitted_joint_cam=[[math.nan] * 3] * 24), "finite numbers in `fitted_joint_cam`"),
+    "ragged": (with_truth(fitted_joint_cam=[[0.0], [0.0, 1.0]]), "expected numbers of shape"),
+    "null": (with_truth(fitted_joint_cam=None), r"shape \(24, 3\), got \(\)"),
+    "16 betas": (with_truth(shape=[0.0] * 16), r"`shape` of shape \(10,\), got \(16,\)"),
+    "huge betas": (with_truth(shape=[10**400] * 10), "expected numbers of shape"),
+    "gender": (with_truth(gender="unknown"), "expected one of m, male, f, female, n, neutral as `gender`"),
+    "gender list": (with_truth(gender=["male"]), "expected one of m, male, f, female, n, neutral as `gender`"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_TRUTHS)
+def test_truths_when_an_item_is_of_another_layout_then_error_names_row_and_file_and_others_are_read(tmp_path, fault):
+    item, message = WRONG_TRUTHS[fault]
+    source = write(tmp_path, [item, with_truth("000001")])
+    assert len(source.truths([f"behavior/{BUS}/000001"])) == 1
+    with pytest.raises(ValueError, match=message) as caught:
+        source.truths([f"behavior/{BUS}/000001", f"behavior/{BUS}/000000"])
+    assert f"behavior/{BUS}/000000" in str(caught.value)
+    assert "refine_vqa_behavior_withGT.json" in str(caught.value)

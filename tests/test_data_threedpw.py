@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chatpose_hf.data import threedpw
 from chatpose_hf.data.rows import validate_row
 from chatpose_hf.data.threedpw import ThreeDPW
 
@@ -311,3 +312,121 @@ def test_source_when_sent_to_another_process_then_rows_are_the_same(tmp_path):
     assert [[row["id"], row["messages"], row["images"]] for row in rows[0]] == [
         [row["id"], row["messages"], row["images"]] for row in rows[1]
     ]
+
+
+# -- beside the poses --
+
+
+OTHER = "outdoors_fencing_01"
+
+
+def with_shapes(seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    return sequence(**{"betas": [rng.normal(0, 1, 300), rng.normal(0, 1, 10)], **changes})
+
+
+def test_truths_then_are_shape_and_gender_of_the_person_in_the_order_asked(tmp_path):
+    first, other = with_shapes(1), with_shapes(2, genders=["f", "f"])
+    write(tmp_path / "3DPW", first, pictures=())
+    write(tmp_path / "3DPW", other, OTHER, "validation", pictures=())
+    asked = [(SEQUENCE, 2, 1), (OTHER, 0, 0), (SEQUENCE, 0, 0), (SEQUENCE, 2, 1), (OTHER, 1, 0), (SEQUENCE, 1, 1)]
+    truths = ThreeDPW(tmp_path).truths([f"{name}/image_{frame:05d}/{person}" for name, frame, person in asked])
+    assert len(truths) == len(asked)
+    for truth, (name, _, person) in zip(truths, asked, strict=True):
+        fields = first if name == SEQUENCE else other
+        assert truth.betas.dtype == np.float32
+        np.testing.assert_allclose(truth.betas, fields["betas"][person][:10], rtol=1e-6)
+        assert truth.gender == {"m": "male", "f": "female"}[fields["genders"][person]]
+        assert truth.joints is None
+        assert truth.known is None
+
+
+def test_truths_when_of_rows_then_their_ids_are_known(tmp_path):
+    write(tmp_path, with_shapes())
+    write(tmp_path, with_shapes(), OTHER, "test")
+    rows, source = read(tmp_path)
+    assert len(source.truths([row["id"] for row in rows])) == 4 * FRAMES
+    assert source.truths([]) == []
+
+
+def test_truths_when_of_many_rows_then_each_sequence_is_read_once(tmp_path, monkeypatch):
+    for name in (SEQUENCE, OTHER):
+        write(tmp_path, with_shapes(), name, pictures=())
+    opened = []
+    read_limited = threedpw.read_limited
+    monkeypatch.setattr(threedpw, "read_limited", lambda path: opened.append(path.stem) or read_limited(path))
+    ids = [f"{name}/image_{frame:05d}/{n}" for frame in range(FRAMES) for name in (SEQUENCE, OTHER) for n in (0, 1)]
+    assert len(ThreeDPW(tmp_path).truths(ids)) == len(ids)
+    assert sorted(opened) == [SEQUENCE, OTHER]
+
+
+def test_truths_when_written_by_python_3_then_genders_may_be_bytes(tmp_path):
+    fields = with_shapes(genders=[b"M", "F"])
+    write(tmp_path, pickle.dumps(fields))
+    ids = [f"{SEQUENCE}/image_00000/{person}" for person in (0, 1)]
+    assert [truth.gender for truth in ThreeDPW(tmp_path).truths(ids)] == ["male", "female"]
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        f"{SEQUENCE}/image_0000{FRAMES}/0",
+        f"{SEQUENCE}/image_00000/2",
+        f"{SEQUENCE}/image_00000/-1",
+        f"{SEQUENCE}/image_-0001/0",
+        f"{SEQUENCE}/image_00000",
+        f"{SEQUENCE}/image_00000/0/0",
+        f"{SEQUENCE}/image_00000/0\n",
+        f"{SEQUENCE}/image_00000/{'9' * 5000}",
+        f"{SEQUENCE}/picture_00000/0",
+        f"a/{SEQUENCE}/image_00000/0",
+        "downtown_cafe_00/image_00000/0",
+        "../secret/image_00000/0",
+        "",
+    ],
+)
+def test_truths_when_the_files_have_no_such_person_then_error_names_row_and_file(tmp_path, id):
+    write(tmp_path / "3DPW", with_shapes(), pictures=())
+    with pytest.raises(ValueError, match="other files") as caught:
+        ThreeDPW(tmp_path).truths([f"{SEQUENCE}/image_00000/0", id])
+    assert repr(id)[:100] in str(caught.value)
+    assert str(tmp_path / "3DPW" / "sequenceFiles") in str(caught.value)
+
+
+def test_truths_when_two_splits_have_the_sequence_then_is_refused(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path, with_shapes(), split=split)
+    with pytest.raises(ValueError, match=f"expected one file {SEQUENCE}.pkl in .*found 2"):
+        ThreeDPW(tmp_path).truths([f"{SEQUENCE}/image_00000/0"])
+
+
+WRONG_TRUTHS = {
+    "no betas": ({"betas": None}, "found no betas"),
+    "no genders": ({"genders": None}, "found no genders"),
+    "nine betas": ({"betas": [np.zeros(9)] * 2}, r"expected `betas` of shape \(10,\), got \(9,\)"),
+    "betas of frames": ({"betas": [np.zeros((FRAMES, 10))] * 2}, r"expected `betas` of shape \(10,\), got \(3, 10\)"),
+    "betas of one": ({"betas": [np.zeros(10)]}, "`betas` and `genders` of each person, got 1 and 2"),
+    "NaN": ({"betas": [np.full(10, np.nan)] * 2}, "finite numbers in `betas`"),
+    "a text": ({"betas": ["tall", "small"]}, "expected numbers of shape"),
+    "unknown gender": ({"genders": ["m", "\xff"]}, "expected one of m, male, f, female"),
+    "gender is a number": ({"genders": [0, 1]}, "expected one of m, male, f, female"),
+    "betas are a number": ({"betas": 3}, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_TRUTHS)
+def test_truths_when_the_sequence_is_of_another_layout_then_error_names_it(tmp_path, fault):
+    changes, message = WRONG_TRUTHS[fault]
+    path = write(tmp_path, {name: value for name, value in with_shapes(**changes).items() if value is not None})
+    with pytest.raises(ValueError, match=message) as caught:
+        ThreeDPW(tmp_path).truths([f"{SEQUENCE}/image_00000/0"])
+    assert str(path) in str(caught.value)
+
+
+def test_truths_when_the_file_is_hostile_then_nothing_runs(tmp_path):
+    marker = tmp_path / "ran"
+    payload = f"cos\nsystem\n(S'touch {marker}'\ntR".encode()
+    write(tmp_path, b"\x80\x02}(T\x05\x00\x00\x00betas" + payload + _dump(with_shapes())[2:] + b".")
+    with pytest.raises(ValueError, match="system"):
+        ThreeDPW(tmp_path).truths([f"{SEQUENCE}/image_00000/0"])
+    assert not marker.exists()

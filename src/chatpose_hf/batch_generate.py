@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .atomic_write import write_atomically
+from .batch_log import SETTINGS_FILE, check_settings
 from .export import reply_record
 from .image_files import open_image
 from .pipeline_chatpose import ChatPosePipeline
@@ -131,7 +131,7 @@ def generate_replies(
     path = folder / "replies.jsonl"
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _check_settings(folder / "settings.json", settings, has_replies=path.exists())
+            check_settings(folder / SETTINGS_FILE, settings, has_answers=path.exists())
             done = _keep_whole_batches(path, prompts, batch_size)
             # Some versions choke on no inputs at all.
             replies = (
@@ -168,22 +168,6 @@ class _Questions(Dataset):
         except ValueError as error:
             raise ValueError(f"{error} (the prompt with id {prompt.id!r})") from error
         return {"text": prompt.prompt, "images": images}
-
-
-def _check_settings(path: Path, settings: dict, has_replies: bool) -> None:
-    if has_replies:
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path.parent} holds replies, but its {path.name}, which says how they were made, cannot be read "
-                f"({error}); name another folder"
-            ) from error
-        different = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        if different:
-            changes = ", ".join(f"{name} {before.get(name)!r} and now {settings.get(name)!r}" for name in different)
-            raise ValueError(f"{path.parent} holds replies made with other settings: {changes}; name another folder")
-    write_atomically(path, json.dumps(settings, indent=2).encode())
 
 
 def _keep_whole_batches(path: Path, prompts: list[Prompt], batch_size: int) -> int:

@@ -308,6 +308,23 @@ class BodyModel(nn.Module):
         return world_rotmats, self._is_ancestor @ bones
 
 
+def placed_joints(known: Tensor) -> Tensor:
+    """
+    Which joints stand where they should, of poses that are known in part: a joint's own rotation does not move it, those
+    of all joints above it do.
+
+    Args:
+        known (`torch.Tensor` of shape `(..., 24)`, bool): the joints whose rotation is known.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 24)`, bool; the root is placed where anything is known.
+    """
+    placed = known.any(-1, keepdim=True).repeat_interleave(len(PARENTS), -1)
+    for joint, parent in enumerate(PARENTS[1:], start=1):
+        placed[..., joint] = placed[..., parent] & known[..., parent]
+    return placed
+
+
 def _find_model_file(directory: Path | None, kinds: list[str], gender: str) -> Path:
     letters = {"neutral": "neutral", "male": "m", "female": "f"}
     if gender not in letters:

@@ -146,6 +146,11 @@ def is_hub_id(name: str | None) -> bool:
     return name is not None and name.count("/") == 1 and not Path(name).exists()
 
 
+def public_name(name: str) -> str:
+    """Of a folder only its own name: cards and results are for others."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def _make_metadata(run: dict, rows: list[_Row], name: str, is_adapter: bool) -> ModelCardData:
     base = run.get("base_model")
     base = base if is_hub_id(base) else None

@@ -90,6 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train on rows", description=_train.__doc__, add_help=False)
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser("eval", help="measure on rows", description=_eval.__doc__, add_help=False)
+    evaluate.set_defaults(run=_eval)
+
+    train_retrieval = commands.add_parser(
+        "train-retrieval", help="train a judge of texts and poses", description=_train_retrieval.__doc__, add_help=False
+    )
+    train_retrieval.set_defaults(run=_train_retrieval)
+
     publish = commands.add_parser("publish", help="trained folder to the Hub", description=_publish.__doc__)
     publish.add_argument("folder", metavar="DIR", help="what train wrote, one of its checkpoints, or a saved ChatPose")
     publish.add_argument(
@@ -122,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     env.set_defaults(run=_env)
 
     options, options.rest = parser.parse_known_args(arguments)
-    if options.rest and options.run is not _train:
+    if options.rest and options.run not in (_train, _eval, _train_retrieval):
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options) or 0
@@ -409,6 +417,22 @@ def _train(options) -> int:
         from .training import train
 
     return train(options.rest)
+
+
+def _eval(options) -> int:
+    """Asks a model about rows and measures its answers beside baselines; `chatpose eval --help` lists the settings."""
+    with _names_extra("eval"):
+        from .evaluation import main
+
+    return main(options.rest)
+
+
+def _train_retrieval(options) -> int:
+    """Trains the model that says how well texts and poses fit; `chatpose train-retrieval --help` lists the settings."""
+    with _names_extra("train"):
+        from .train_retrieval import train_retrieval
+
+    return train_retrieval(options.rest)
 
 
 def _publish(options) -> None:

@@ -93,7 +93,7 @@ class ChatPoseCollator:
             {
                 "role": message["role"],
                 "content": [
-                    {"type": "image", "image": _open(next(images))} if part["type"] == "image" else part
+                    {"type": "image", "image": open_picture(next(images))} if part["type"] == "image" else part
                     for part in message["content"]
                 ],
             }
@@ -172,8 +172,8 @@ def read_report(row_report: Tensor) -> dict[str, list]:
     return json.loads(bytes(row_report.tolist()))
 
 
-def _open(image: Image.Image | dict) -> Image.Image:
-    """As `datasets` gives it, decoded or not."""
+def open_picture(image: Image.Image | dict) -> Image.Image:
+    """A picture of a row, as `datasets` gives it, decoded or not."""
     if not isinstance(image, dict):
         return image
     if image.get("bytes"):

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .adapters import count_parameters
 from .atomic_write import write_atomically
-from .body import JOINT_NAMES, PARENTS, BodyModel
+from .body import JOINT_NAMES, BodyModel, placed_joints
 from .card import make_card
 from .checkpoints import seal
 from .collator import ON_BAD_ROW, ChatPoseCollator, read_report
@@ -422,10 +422,7 @@ class ChatPoseTrainer(Trainer):
         if self._body is None:
             self._body = BodyModel.load(self.args.body)
         body = self._body.to(rotmats.device)
-        # A joint's own rotation does not move it; those of its ancestors do.
-        is_placed = torch.ones_like(mask)
-        for joint, parent in enumerate(PARENTS[1:], start=1):
-            is_placed[:, joint] = is_placed[:, parent] & mask[:, parent]
+        is_placed = placed_joints(mask)
         # Not SMPL-X's jaw, which stands where SMPL has a hand.
         shared = [joint for joint, name in enumerate(JOINT_NAMES) if body.joint_names[joint] == name]
         distances = (body.joints(rotmats) - body.joints(targets)).norm(dim=-1)[:, shared]

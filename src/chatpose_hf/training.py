@@ -1,11 +1,8 @@
 """`chatpose train`: settings in, a trained adapter or model out."""
 
-import atexit
 import dataclasses
 import json
-import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +17,12 @@ from transformers.utils import logging
 
 from .adapters import TuningArguments, count_parameters, format_parameters, load_base, prepare_model
 from .atomic_write import write_atomically
+from .card import public_name
 from .checkpoints import find_last_checkpoint, list_checkpoints
 from .data.mixture import Mixture, MixtureStream
 from .data.rows import load_rows
 from .pose_losses import PoseLoss
+from .processes import leave_group
 from .processing_chatpose import ChatPoseProcessor
 from .trainer import ChatPoseTrainer, ChatPoseTrainingArguments
 
@@ -227,22 +226,9 @@ def train(arguments: Sequence[str]) -> int:
         if is_main:
             print(f"wrote {output_dir}", flush=True)
     status = TERMINATED if trainer.was_terminated else 0
-    if args.world_size > 1:
-        _leave_group(trainer, status)
-    return status
-
-
-def _leave_group(trainer: ChatPoseTrainer, status: int) -> None:
-    """Ends one of several processes in order."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.device.type != "cpu":
-        trainer.args.distributed_state.destroy_process_group()
-        return
-    # gloo's threads now and then abort a process that Python takes apart (torch 2.13): leave before that.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave_group(args.distributed_state, status)
+    return status
 
 
 def _check(parsed: tuple) -> None:
@@ -347,7 +333,7 @@ def _load_train_data(data_args: DataArguments, args: ChatPoseTrainingArguments):
     weights = _parse_weights(data_args.train_data)
     sources = [load_rows(name, data_args.train_split, data_args.streaming, decode=False) for name in weights]
     record = [
-        {"name": _public_name(name), "split": data_args.train_split, "weight": weight, **_count_rows(source)}
+        {"name": public_name(name), "split": data_args.train_split, "weight": weight, **_count_rows(source)}
         for (name, weight), source in zip(weights.items(), sources, strict=True)
     ]
     kind = MixtureStream if data_args.streaming else Mixture
@@ -375,15 +361,10 @@ def _load_eval_data(data_args: DataArguments):
 
     sources = [load_rows(name, data_args.eval_split, decode=False) for name in data_args.eval_data]
     record = [
-        {"name": _public_name(name), "split": data_args.eval_split, **_count_rows(source)}
+        {"name": public_name(name), "split": data_args.eval_split, **_count_rows(source)}
         for name, source in zip(data_args.eval_data, sources, strict=True)
     ]
     return concatenate_datasets(sources) if sources else None, record
-
-
-def _public_name(name: str) -> str:
-    """Of a folder only its own: the card is for others."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _count_rows(source) -> dict:

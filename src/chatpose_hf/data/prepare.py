@@ -334,8 +334,9 @@ def _read_row(path: Path, number: int) -> dict:
 
 def _draw_row(row: dict, body: BodyModel) -> Image.Image:
     parts = [image.convert("RGB") for image in row["images"][:1]]
-    if row["poses"]:
-        vertices = body.vertices(torch.tensor(row["poses"]))
+    known = [pose for pose, mask in zip(row["poses"], row["pose_mask"], strict=True) if any(mask)]
+    if known:
+        vertices = body.vertices(torch.tensor(known))
         parts += [
             render_bodies(pose_vertices, body.faces, size=256, view="three_quarter", background=_SHEET_BACKGROUND)
             for pose_vertices in vertices[:4]

@@ -181,11 +181,11 @@ def draw_messages(
     # Nobody explains what was just said: a described pose stays without.
     if task != "text_to_pose" and descriptions and rng.random() < _EXPLAINED_SHARE:
         question = f"{_as_sentence(asked)} {rng.choice(EXPLANATION_REQUESTS)}".strip()
-        answer = _fill(rng.choice(EXPLAINED_ANSWERS), rng.choice(rng.choice(descriptions)))
+        answer = fill_template(rng.choice(EXPLAINED_ANSWERS), rng.choice(rng.choice(descriptions)))
     else:
         questions, more_questions = _QUESTIONS[task]
         is_more = rng.random() < _MORE_SHARE
-        question = _fill(rng.choice(more_questions if is_more else questions), asked)
+        question = fill_template(rng.choice(more_questions if is_more else questions), asked)
         answer = rng.choice(ANSWERS)
     return _make_messages(num_images, question, answer)
 
@@ -229,7 +229,8 @@ def _draw_group_answer(rng: _Draw, phrases: Sequence[str]) -> str:
     return rng.choice(GROUP_ANSWERS).format(poses=poses, Poses=poses[:1].upper() + poses[1:])
 
 
-def _fill(template: str, text: str) -> str:
+def fill_template(template: str, text: str) -> str:
+    """A question about a description, which takes the place of `{sent}`, or of `{phrase}` at the start."""
     if template.startswith("{phrase}"):
         return template.replace("{phrase}", _as_phrase(text))
     return template.replace("{sent}", _as_sentence(text))

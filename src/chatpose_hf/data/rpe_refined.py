@@ -1,16 +1,16 @@
 """RPE-Refined: which person of a 3DPW photo is meant by a description, and what is that person's pose."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..array_files import read_limited
+from ..array_files import read_limited, value_errors_only
 from ..image_files import open_image
 from .prompts import make_parts
 from .rows import IMAGE_TOKEN, NUM_JOINTS
-from .source import Source, inside, load_json
+from .source import Source, Truth, inside, load_json, other_files, read_betas, read_gender, read_numbers
 
 
 _ATTRIBUTES = ("behavior", "outfits", "pose", "shape")
@@ -30,6 +30,9 @@ class RpeRefined(Source):
     frames.
 
     Ids are attribute, photo and the item's own id: base names of photos repeat between sequences, and photos between items.
+
+    [`truths`] reads `ground_truth.fitted_joint_cam` (24 x 3), metres in the camera frame, SMPL's joints in its order, and
+    `smpl_param.shape` (10) and `smpl_param.gender`.
     """
 
     name = "rpe-refined"
@@ -46,10 +49,7 @@ class RpeRefined(Source):
     def read_part(self, part: str) -> Iterator[dict]:
         attribute = part.split("/")[1]
         path = self._path(attribute)
-        items = load_json(path)
-        if not isinstance(items, list):
-            raise ValueError(f"expected an array of items in {path}, got {type(items).__name__}")
-        for index, item in enumerate(items):
+        for index, item in enumerate(_load_items(path)):
             try:
                 name = item["real_image"]
                 question, answer = (turn["value"] for turn in item["conversations"])
@@ -72,6 +72,24 @@ class RpeRefined(Source):
                 captions = [("phrase", question.removesuffix(_REQUEST))]
                 yield self.make_row(id, "rpe", [pose], captions, [image], messages=messages)
 
+    def truths(self, ids: Sequence[str]) -> list[Truth]:
+        """As [`Source.truths`]; the 24 joints of the fitted body, of which the benchmark takes the first 22."""
+        items: dict[str, dict[str, dict]] = {}
+        found: dict[str, Truth] = {}
+        for id in ids:
+            attribute = id.split("/", 1)[0]
+            if attribute not in _ATTRIBUTES:
+                raise other_files(id, f"an id that begins with one of {', '.join(_ATTRIBUTES)}, as in {self.folder}")
+            path = self._path(attribute)
+            if attribute not in items:
+                items[attribute] = _load_items_by_id(path, attribute)
+            if id not in items[attribute]:
+                raise other_files(id, f"an item of that photo and id in {path}")
+            if id not in found:
+                with value_errors_only(f"row {id!r:.300} in `{path}`"):
+                    found[id] = _read_truth(items[attribute][id])
+        return [found[id] for id in ids]
+
     def _path(self, attribute: str) -> Path:
         name = f"refine_vqa_{attribute}_withGT.json"
         path = self.folder / name
@@ -93,3 +111,36 @@ class RpeRefined(Source):
         except (ValueError, OSError):
             self.skip(f"damaged image of {path.parent.name:.100}", str(name))
             return None
+
+
+def _load_items(path: Path) -> list:
+    items = load_json(path)
+    if not isinstance(items, list):
+        raise ValueError(f"expected an array of items in {path}, got {type(items).__name__}")
+    return items
+
+
+def _load_items_by_id(path: Path, attribute: str) -> dict[str, dict]:
+    """Items by their rows' ids; where some have the same, the first, as rows do."""
+    items: dict[str, dict] = {}
+    for item in _load_items(path):
+        if isinstance(item, dict) and {"real_image", "id"} <= item.keys():
+            items.setdefault(f"{attribute}/{item['real_image']}/{item['id']}", item)
+    return items
+
+
+def _read_truth(item: dict) -> Truth:
+    truth = item.get("ground_truth")
+    parameters = truth.get("smpl_param") if isinstance(truth, dict) else None
+    wanted = ("shape", "gender")
+    is_complete = isinstance(parameters, dict) and parameters.keys() >= set(wanted) and "fitted_joint_cam" in truth
+    if not is_complete:
+        raise ValueError(
+            f"expected `fitted_joint_cam` and `smpl_param` with {' and '.join(wanted)} as `ground_truth`, got {truth!r:.200}"
+        )
+    return Truth(
+        betas=read_betas("shape", parameters["shape"]),
+        gender=read_gender("gender", parameters["gender"]),
+        joints=read_numbers("fitted_joint_cam", truth["fitted_joint_cam"], (NUM_JOINTS, 3)),
+        known=np.ones(NUM_JOINTS, bool),
+    )

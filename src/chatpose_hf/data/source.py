@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,29 @@ from .rows import NUM_JOINTS, RowError, validate_row
 
 
 _MAX_EXAMPLES = 5  # names kept for each reason to skip
+_NUM_BETAS = 10
+_GENDERS = {name[:length]: name for name in ("male", "female", "neutral") for length in (1, len(name))}
 # The fingers of SMPL-H and the marker sets of motion capture say nothing about SMPL's two hand joints.
 BODY_ONLY_MASK = [joint < 22 for joint in range(NUM_JOINTS)]
+
+
+class Truth(NamedTuple):
+    """
+    What a data set says of a person beside the row's pose; `None` where it says nothing.
+
+    Attributes:
+        betas (`np.ndarray` of shape `(10,)`): SMPL's shape, of the body of that gender; float32.
+        gender (`str`): `"male"`, `"female"` or `"neutral"`.
+        joints (`np.ndarray` of shape `(K, 3)`):
+            Metres, along the camera's axes (x right, y down, z away from the viewer); where the origin is depends on the
+            data set. Which joints they are does too: see its reader. Zero where not known; float32.
+        known (`np.ndarray` of shape `(K,)`): bool, the joints that are there.
+    """
+
+    betas: np.ndarray | None
+    gender: str | None
+    joints: np.ndarray | None
+    known: np.ndarray | None
 
 
 class Source(ABC):
@@ -62,6 +83,25 @@ class Source(ABC):
         Raises:
             ValueError or OSError: where the part's own file is absent, damaged or of another layout; names the file.
         """
+
+    def truths(self, ids: Sequence[str]) -> list[Truth]:
+        """
+        What the files say of the people in rows of this source beside their poses: what evaluation measures by.
+
+        Args:
+            ids (`Sequence[str]`): of rows that were made from this folder, in any order; they may repeat.
+
+        Returns:
+            `list[Truth]`: one for each id, in order.
+
+        Raises:
+            ValueError or OSError: where the source has nothing to say, or where the files have no such person, are absent,
+                damaged or of another layout; names the file, and the row where the fault is about one.
+        """
+        raise ValueError(
+            f"{self.name} says nothing beside the poses of its rows; measure those, or evaluate on hmr2-evaluation, 3dpw "
+            "or rpe-refined"
+        )
 
     def settings(self) -> dict[str, str | int | float | None]:
         """What the rows depend on beside the files; rows made with other settings are not mixed with them."""
@@ -112,7 +152,8 @@ class Source(ABC):
             poses (`Sequence` of shape `(24, 3)`, *optional*): axis-angle, camera frame.
             captions (`Sequence[tuple[str, str]]`, *optional*): kind and text of each; see `prompts.draw_messages`.
             images (`Sequence[bytes | PIL.Image.Image]`, *optional*): as the file has them, or drawn and cropped ones.
-            pose_mask (`Sequence[bool]`, *optional*): of all poses alike; every joint by default.
+            pose_mask (`Sequence[bool]`, *optional*):
+                Of all poses alike; every joint by default, none where nobody knows the pose.
             messages (`list[dict]`, *optional*): drawn from the task and the captions by default.
         """
         texts = [{"kind": kind, "text": text} for kind, text in captions]
@@ -169,6 +210,41 @@ def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
+
+
+def other_files(id: str, expected: str) -> ValueError:
+    """The error about an id that the files do not have."""
+    return ValueError(
+        f"row {id!r:.300}: expected {expected}; the row was made from other files, give the folder that it was made from"
+    )
+
+
+def read_numbers(name: str, values: object, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of a file as float32; a `ValueError` where they are none, not finite, or of another shape."""
+    try:
+        with np.errstate(over="ignore"):  # what float32 has no room for becomes infinity, which is refused below
+            array = np.asarray(values, dtype=np.float64).astype(np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"expected numbers of shape {shape} as `{name}`, got {values!r:.100}") from error
+    if array.shape != shape:
+        raise ValueError(f"expected `{name}` of shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"expected finite numbers in `{name}`, got NaN or infinity")
+    return array
+
+
+def read_betas(name: str, values: object) -> np.ndarray:
+    """SMPL's shape `(10,)`, as [`read_numbers`]."""
+    return read_numbers(name, values, (_NUM_BETAS,))
+
+
+def read_gender(name: str, value: object) -> str:
+    """`"male"`, `"female"` or `"neutral"`, of the word or its first letter, in capitals or not, text or bytes."""
+    text = value.decode("latin1") if isinstance(value, bytes) else value
+    gender = _GENDERS.get(text.lower()) if isinstance(text, str) else None
+    if gender is None:
+        raise ValueError(f"expected one of {', '.join(_GENDERS)} as `{name}`, got {value!r:.100}")
+    return gender
 
 
 def load_json(path: str | Path) -> object:

@@ -549,9 +549,11 @@ def _load_sampler(folder: Path, split: str) -> PoseSampler:
                 arrays.append(values.to_numpy(zero_copy_only=False).reshape(-1, *shape))
         except (OSError, ValueError) as error:  # Arrow's errors are these
             raise ValueError(f"expected rows in {path}, as `chatpose data` writes them: {error}") from error
-    if not any(map(len, poses)):
+    all_poses, all_masks = np.concatenate(poses), np.concatenate(masks)
+    is_known = all_masks.any(1)  # others stand in for poses that nobody knows
+    if not is_known.any():
         raise ValueError(f"expected rows with poses in {folder / split}, found none; make some with `chatpose data`")
-    return PoseSampler(np.concatenate(poses), np.concatenate(masks))
+    return PoseSampler(all_poses[is_known], all_masks[is_known])
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """3DPW: videos of one or two people outdoors, with SMPL poses from inertial sensors."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from ..array_files import PickleFields, read_limited, value_errors_only
 from ..person_crop import crop_person, keypoint_box
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .rows import NUM_JOINTS
-from .source import PhotoSource
+from .source import PhotoSource, Truth, other_files, read_betas, read_gender
 
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -35,6 +36,9 @@ class ThreeDPW(PhotoSource):
     A row of task `"pose_estimation"` for each person in each frame with a valid camera and at least 6 detected 2D
     joints (confidence over 0), cropped as everywhere around the joints that are seen. The global orientation is turned
     into the camera frame by the frame's `cam_poses`. A part is a sequence; `validation` is the split val.
+
+    [`truths`] reads for each person `betas`, at least 10 numbers, and `genders`, `m` or `f`. There are no joints: they are
+    those of the body of that gender and shape in the row's pose.
     """
 
     name = "3dpw"
@@ -78,6 +82,25 @@ class ThreeDPW(PhotoSource):
                     continue
                 yield self.make_row(f"{name}/{index}", "pose_estimation", [person.poses[frame]], images=[crop])
 
+    def truths(self, ids: Sequence[str]) -> list[Truth]:
+        """As [`Source.truths`]; shape and gender alone."""
+        paths: dict[str, list[Path]] = {}
+        for path in self._find_root().glob("sequenceFiles/*/*.pkl"):
+            if path.parent.name in _SPLITS:
+                paths.setdefault(path.stem, []).append(path)
+        by_sequence: dict[str, dict[str, None]] = {}
+        for id in ids:
+            sequence = id.split("/", 1)[0]
+            num_files = len(paths.get(sequence, ()))
+            if num_files != 1:
+                folders = f"{self._find_root()}/sequenceFiles/{{{','.join(_SPLITS)}}}"
+                raise other_files(id, f"one file {sequence:.200}.pkl in {folders}, found {num_files}")
+            by_sequence.setdefault(sequence, {})[id] = None
+        found: dict[str, Truth] = {}
+        for sequence, its_ids in by_sequence.items():
+            found |= _read_truths(paths[sequence][0], list(its_ids))
+        return [found[id] for id in ids]
+
     def _find_root(self) -> Path:
         inner = self.folder / "3DPW"
         return inner if (inner / "sequenceFiles").is_dir() else self.folder
@@ -117,6 +140,34 @@ def _load_sequence(path: Path) -> tuple[int, list[_Person]]:
             poses[:, 0] = rotmat_to_rotvec(turns @ rotvec_to_rotmat(torch.from_numpy(poses[:, 0]))).numpy()
             people.append(_Person(poses.astype(np.float32), keypoints, is_valid))
     return count, people
+
+
+def _read_truths(path: Path, ids: list[str]) -> dict[str, Truth]:
+    """Of ids that begin with the sequence's name."""
+    with value_errors_only(f"`{path}`"):
+        fields = PickleFields(read_limited(path))
+        wanted = ("cam_poses", "betas", "genders")
+        absent = [name for name in wanted if name not in fields.names]
+        if absent:
+            raise ValueError(f"expected a sequence of 3DPW with {', '.join(wanted)}, found no {', '.join(absent)}")
+        cameras, betas, genders = (fields.read(name) for name in wanted)
+        num_frames = len(cameras)
+        if len(betas) != len(genders):
+            raise ValueError(f"expected `betas` and `genders` of each person, got {len(betas)} and {len(genders)}")
+        people = [
+            Truth(read_betas("betas", of_person[:10]), read_gender("genders", gender), None, None)
+            for of_person, gender in zip(betas, genders, strict=True)
+        ]
+    truths = {}
+    for id in ids:
+        match = re.fullmatch(r"[^/]+/image_([0-9]{5,9})/([0-9]{1,9})", id)
+        if match is None or int(match[1]) >= num_frames or int(match[2]) >= len(people):
+            wanted = (
+                f"`{path.stem}/image_FRAME/PERSON` of the {num_frames} frames and {len(people)} people in `{path}`"
+            )
+            raise other_files(id, wanted)
+        truths[id] = people[int(match[2])]
+    return truths
 
 
 def _expect_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
