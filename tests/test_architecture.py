@@ -70,7 +70,9 @@ LAYERS = {
     "trainer": 11,
     "training": 12,
     "hub": 12,
-    "evaluation": 12,
+    "questions": 11,
+    "answers": 12,
+    "evaluation": 13,
     "train_retrieval": 13,
     "convert_chatpose_tokenizer_to_hf": 10,
     "convert_chatpose_weights_to_hf": 10,
@@ -82,7 +84,7 @@ LAYERS = {
 # classes by the package's names, which registers them.
 EXCEPTIONS = {
     ("adapters", "__init__"),
-    ("evaluation", "__init__"),
+    ("answers", "__init__"),
     ("modeling_chatpose", "pipeline_chatpose"),
     ("convert_chatpose_weights_to_hf", "convert_chatpose_tokenizer_to_hf"),
 }

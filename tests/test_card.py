@@ -109,9 +109,18 @@ def test_results_of_the_model_become_the_model_index():
 
 def test_results_table_has_intervals_and_baselines():
     card = make_card(RUN, [RESULT], is_adapter=False)
-    where = "| `text-to-pose` | `somebody/posescript`, `test` | `first caption` | `smpl` |"
-    rows = [line for line in card.splitlines() if line.startswith("| `text-to-pose`")]
-    assert rows == [f"{where} `pa_mpjpe_mm` | 61.25 [60, 63.5] | 99.5 |", f"{where} `angle_deg` | 12 |  |"]
+    assert "### `text-to-pose` on `somebody/posescript`, split `test`" in card
+    assert "Body: `smpl`. Protocol: `first caption`." in card
+    assert row_of(card, "Metric | `model`") == "| Metric | `model` | `mean_pose` |"
+    assert row_of(card, "`pa_mpjpe_mm`") == "| `pa_mpjpe_mm` | 61.25 [60, 63.5] | 99.5 |"
+    assert row_of(card, "`angle_deg`") == "| `angle_deg` | 12 |  |"
+
+
+def test_evaluations_have_a_table_each():
+    other = {**RESULT, "task": "spg", "metrics": {"model": {"fid": 0.25}}}
+    card = make_card(RUN, [RESULT, other], is_adapter=False)
+    assert card.count("\n### `") == 2
+    assert row_of(card, "`fid`") == "| `fid` | 0.25 |  |"
 
 
 def test_record_is_told():

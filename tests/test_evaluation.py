@@ -21,16 +21,18 @@ from make_tiny_checkpoint import make_model, make_processor, make_tokenizer
 from PIL import Image
 from transformers import BertConfig
 
-from chatpose_hf import evaluation
+from chatpose_hf import answers, evaluation
 from chatpose_hf.body import BodyModel
 from chatpose_hf.card import make_card
 from chatpose_hf.cli import main
 from chatpose_hf.collator import ChatPoseCollator
 from chatpose_hf.data.hmr2_evaluation import Hmr2Evaluation
-from chatpose_hf.data.rows import write_rows
+from chatpose_hf.data.prompts import IMAGE_QUESTIONS
+from chatpose_hf.data.rows import load_rows, write_rows
 from chatpose_hf.data.rpe_refined import RpeRefined
 from chatpose_hf.data.threedpw import ThreeDPW
 from chatpose_hf.evaluation import EvaluationArguments, evaluate, format_results
+from chatpose_hf.questions import Questions
 from chatpose_hf.retrieval import Retrieval, RetrievalConfig, RetrievalModel
 from chatpose_hf.rotations import rotvec_to_rotmat
 
@@ -229,6 +231,21 @@ def test_spg_then_asks_by_the_situation(desk, tmp_path):
     assert any("no split train" in note for note in results["notes"])
 
 
+def test_revision_when_on_the_hub_then_is_the_commit(tmp_path, monkeypatch):
+    """As the cache has it: offline too."""
+    file = tmp_path / "snapshots" / "0123abc" / "config.json"
+    monkeypatch.setattr(answers, "find_adapter_config_file", lambda *_, **__: None)
+    monkeypatch.setattr(answers, "hf_hub_download", lambda *_, **__: str(file))
+    assert answers.find_revision("me/poser", None) == "0123abc"
+
+
+def test_revision_when_a_folder_then_follows_its_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = answers.find_revision(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert answers.find_revision(str(tmp_path), None) != first
+
+
 def test_limit_then_rows_are_evenly_chosen(desk, tmp_path):
     results = evaluate("text-to-pose", settings(desk, tmp_path / "out", limit=3))
     assert column(tmp_path / "out", "id") == ["row_0", "row_3", "row_6"]
@@ -241,7 +258,7 @@ def test_limit_then_rows_are_evenly_chosen(desk, tmp_path):
 def test_measuring_again_then_asks_nothing(desk, tmp_path, monkeypatch):
     evaluate("text-to-pose", settings(desk, tmp_path / "out"))
     before = (tmp_path / "out" / "results.json").read_bytes()
-    monkeypatch.setattr(evaluation, "load_trained", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(answers, "load_trained", lambda *_, **__: pytest.fail("asked again"))
     evaluate("text-to-pose", settings(desk, tmp_path / "out"))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     # By another measure too.
@@ -290,7 +307,7 @@ def test_run_when_killed_and_started_with_two_processes_then_the_results_are_the
         text=True,
         start_new_session=True,
     )
-    log = tmp_path / "out" / "answers" / "process-0.jsonl"
+    log = tmp_path / "out" / "answers" / "model" / "process-0.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
         time.sleep(0.002)
@@ -302,7 +319,7 @@ def test_run_when_killed_and_started_with_two_processes_then_the_results_are_the
     assert again.returncode == 0, again.stderr[-3000:]
     text, _ = whole.communicate(timeout=100)
     assert whole.returncode == 0, text[-3000:]
-    assert (tmp_path / "out" / "answers" / "process-1.jsonl").stat().st_size
+    assert (tmp_path / "out" / "answers" / "model" / "process-1.jsonl").stat().st_size
     for name in RECORD:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert again.stdout.count("pa_mpjpe_mm") == 1, "one process reports"
@@ -318,7 +335,7 @@ def photo_rows(task, count=6, **changes):
 def test_pose_estimation_then_shows_the_picture(desk, tmp_path):
     data = write(tmp_path / "rows", photo_rows("pose_estimation"))
     results = evaluate("pose-estimation", settings(desk, tmp_path / "out", data=data))
-    assert column(tmp_path / "out", "question")[0] == evaluation.IMAGE_QUESTIONS[0]
+    assert column(tmp_path / "out", "question")[0] == IMAGE_QUESTIONS[0]
     # Other pictures, other answers.
     assert len({tuple(theta) for theta in column(tmp_path / "out", "theta")}) == 6
     assert list(results["metrics"]) == ["model", "rest_pose"]
@@ -433,14 +450,15 @@ def test_chat_then_loss_and_matches_are_those_of_the_conversations(desk, tmp_pat
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_chat_then_a_later_turn_is_asked_after_the_true_answers():
+def test_chat_then_a_later_turn_is_asked_after_the_true_answers(tmp_path):
     row = make_chat(0, turns=2)
-    items = evaluation._make_turns(7, row)
-    chat = evaluation._make_chat("chat", items[1], row)
+    questions = Questions(load_rows(write(tmp_path / "rows", [row]), "val", decode=False), "chat")
+    (chat,) = questions.make_chats([1])
     assert [message["role"] for message in chat] == ["user", "assistant", "user"]
     assert chat[1]["content"] == [{"type": "text", "text": "The person."}]
     assert chat[2]["content"] == [{"type": "text", "text": "Is it a person?"}]
-    assert chat[0]["content"][0]["image"] is row["images"][0]
+    assert chat[0]["content"][0]["image"].size == row["images"][0].size
+    assert chat[0]["content"][1]["text"] == row["messages"][0]["content"][1]["text"]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +492,7 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
     ("task", "options", "message"),
     [
         ("juggling", {}, "expected a task of text-to-pose"),
-        ("rpe", {}, r"expected rows for rpe in split val of .*found none \(10 rows of other tasks\)"),
+        ("rpe", {}, r"expected rows for rpe, found none \(10 rows of other tasks\): split val of"),
         ("text-to-pose", {"model": None}, "expected a model for text-to-pose"),
         ("text-to-pose", {"protocol": "smpl-25"}, "expected a protocol of smpl-24"),
         ("text-to-pose", {"protocol": "rpe-22"}, "expected the data set's own folder as `truth` for rpe-22"),
@@ -488,15 +506,17 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
 def test_settings_when_they_do_not_fit_then_are_refused_before_the_model_is_asked(
     desk, tmp_path, monkeypatch, task, options, message
 ):
-    monkeypatch.setattr(evaluation, "load_trained", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(answers, "load_trained", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises((ValueError, OSError), match=message):
         evaluate(task, settings(desk, tmp_path / "out", **options))
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_pool_when_larger_than_the_gallery_then_is_refused(desk, tmp_path):
-    with pytest.raises(ValueError, match="expected `pool_size` of at most 9"):
-        evaluate("text-to-pose", settings(desk, tmp_path / "out", retrieval=str(desk / "retrieval")))
+def test_pool_when_larger_than_the_gallery_then_there_is_none(desk, tmp_path):
+    results = evaluate("text-to-pose", settings(desk, tmp_path / "out", retrieval=str(desk / "retrieval")))
+    assert results["notes"].count("Fewer than 32 items: no pools.") == 1
+    assert not any("pool" in name for name in results["metrics"]["model"])
+    assert "t2p_recall5_percent" in results["metrics"]["model"]
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 0}, {"limit": 0}, {"dtype": "int8"}])

@@ -149,7 +149,7 @@ def test_merged_release_is_the_base_with_the_adapter(adapter, whole, tmp_path):
 
 def test_results_go_into_card_and_release(whole, tmp_path):
     write(tmp_path / "measured.json", RESULTS)
-    make_release(whole, tmp_path / "release", results=tmp_path / "measured.json")
+    make_release(whole, tmp_path / "release", results=[tmp_path / "measured.json"])
     assert names_in(tmp_path / "release") - WHOLE == {"run.json", "results.json", ".eval_results/results.yaml"}
     assert json.loads((tmp_path / "release" / "results.json").read_text(encoding="utf-8")) == RESULTS
     data = ModelCard.load(tmp_path / "release" / "README.md").data
@@ -412,7 +412,7 @@ def test_card_passes_the_checker_of_huggingface_hub(whole, tmp_path, serve, monk
     server, _ = serve()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     write(tmp_path / "measured.json", RESULTS)
-    make_release(whole, tmp_path / "release", results=tmp_path / "measured.json")
+    make_release(whole, tmp_path / "release", results=[tmp_path / "measured.json"])
     card = ModelCard.load(tmp_path / "release" / "README.md")
     card.validate()
     assert server.body("POST /api/validate-yaml") == {"repoType": "model", "content": str(card)}

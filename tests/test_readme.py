@@ -32,7 +32,8 @@ def desk(official, tmp_path_factory):
     (desk / "openai" / "clip-vit-large-patch14-336").symlink_to(official / "vision_tower")
     shutil.copyfile(official / "images" / "wide.png", desk / "photo.png")
 
-    write_release(desk / "PoseScript" / "posescript_release")
+    # Two to test on: nothing is retrieved from one.
+    write_release(desk / "PoseScript" / "posescript_release", splits={"train": [2, 0, 1], "val": [3], "test": [4, 3]})
     write_amass(desk / "PoseScript" / "AMASS")
 
     llava = desk / "llava-hf" / "llava-1.5-7b-hf"
@@ -84,6 +85,9 @@ def test_run_and_python_blocks(desk):
     assert "wrote poser" in out
     assert "24 joint rotations" in out
     assert "dry run: nothing was sent" in out
+    out = run(["bash", "-euc", "".join(blocks("bash", "Evaluate"))], desk)
+    assert "pa_mpjpe_mm" in out
+    assert (desk / "results" / "report.html").is_file()
     printed = [run([sys.executable, "-c", block], desk) for block in blocks("python")]
     assert printed[0] == "torch.Size([1, 13718, 3]) torch.Size([1, 24, 3]) default\n"
     assert printed[1].count("<POSE>") == printed[1].count("torch.Size([72])") == 2

@@ -5,6 +5,7 @@ import math
 import re
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def make_card(run: dict, results: list[dict] | None = None, *, is_adapter: bool,
             place=json.dumps(repo_id or "path/to/this/folder"),
             run={**dict.fromkeys(_RUN_FIELDS), **run},
             is_adapter=is_adapter,
-            results=rows,
+            # Each evaluation's rows, which say alike what was measured.
+            results=[list(rows_of) for _, rows_of in groupby(rows, key=lambda row: row[:5])],
             systems=systems,
             results_versions={
                 key: value for result in results or [] for key, value in (result.get("versions") or {}).items()

@@ -94,7 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.set_defaults(run=_eval)
 
     train_retrieval = commands.add_parser(
-        "train-retrieval", help="train a judge of texts and poses", description=_train_retrieval.__doc__, add_help=False
+        "train-retrieval",
+        help="train a judge of texts and poses",
+        description=_train_retrieval.__doc__,
+        add_help=False,
     )
     train_retrieval.set_defaults(run=_train_retrieval)
 
@@ -107,7 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("--push", action="store_true", help="send it (default: a dry run, nothing is sent)")
     publish.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
     publish.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it does not exist")
-    publish.add_argument("--results", metavar="FILE", help="results.json for the card (default: the folder's own)")
+    publish.add_argument(
+        "--results",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="every results.json of `chatpose eval` for the card (default: the folder's own)",
+    )
     publish.add_argument("--output", metavar="DIR", help="keep the release folder here; must not exist")
     publish.set_defaults(run=_publish)
 

@@ -1,6 +1,5 @@
 """`chatpose eval`: a model's answers on rows, measured beside baselines; results, predictions and a report."""
 
-import hashlib
 import json
 import math
 import re
@@ -9,20 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
-from . import ChatPosePipeline
-from .adapters import load_trained
+from .answers import Generation, ask_model, find_revision
 from .atomic_write import atomic_file, write_atomically
 from .baselines import (
     TrainingPoses,
@@ -33,11 +29,8 @@ from .baselines import (
     find_sentence_encoder,
     make_mean_pose,
 )
-from .batch_log import map_batches
 from .card import public_name
-from .collator import ChatPoseCollator, open_picture
 from .data import find_source
-from .data.prompts import DESCRIBING_KINDS, IMAGE_QUESTIONS, PHRASE_QUESTION, TEXT_QUESTIONS, fill_template
 from .data.rows import NUM_JOINTS, caption_texts, load_rows
 from .data.rpe import ATTRIBUTES
 from .metrics import (
@@ -52,6 +45,7 @@ from .metrics import (
 )
 from .pose_protocols import PROTOCOLS, PoseRuler, Targets
 from .processes import leave_group
+from .questions import TASKS, Questions
 from .report import Case, make_report
 from .retrieval import Retrieval
 from .rotations import rotmat_to_rotvec, rotvec_to_rotmat
@@ -67,32 +61,6 @@ _CASES = 4  # of each rank in the report
 _CASE_SYSTEMS = ("model", "nearest_caption", "mean_pose")  # the first two that there are, drawn beside the truth
 # What an answer without a pose counts as: arms spread, upright, facing the camera.
 _REST_POSE = torch.tensor([[math.pi, 0.0, 0.0], *[[0.0, 0.0, 0.0]] * (NUM_JOINTS - 1)])
-_DESCRIBE = "Describe the pose of the person in this image."
-
-
-class Task(NamedTuple):
-    """
-    What is asked.
-
-    Args:
-        row_tasks (`tuple[str, ...]`): of the rows it takes.
-        kinds (`tuple[str, ...]`): of the captions it asks by, the first that a row has.
-        question (`str`, *optional*): `{sent}` or `{phrase}` is that caption; without one the row's own question is asked.
-    """
-
-    row_tasks: tuple[str, ...]
-    kinds: tuple[str, ...] = ()
-    question: str | None = None
-
-
-TASKS = {
-    "text-to-pose": Task(("text_to_pose",), DESCRIBING_KINDS, TEXT_QUESTIONS[2]),
-    "pose-estimation": Task(("pose_estimation",), question=IMAGE_QUESTIONS[0]),
-    "spg": Task(("spg",), ("implicit",), PHRASE_QUESTION),
-    "rpe": Task(("rpe",), ("phrase",), PHRASE_QUESTION),
-    "chat": Task(("vqa",)),
-    "captions": Task(("text_to_pose", "pose_estimation", "spg", "rpe"), question=_DESCRIBE),
-}
 
 
 @dataclass
@@ -172,26 +140,6 @@ class EvaluationArguments:
             raise ValueError(f"expected `dtype` of auto, float32, bfloat16, float16, got {self.dtype!r}")
 
 
-class Item(NamedTuple):
-    """
-    One question.
-
-    Args:
-        id (`str`): the row's; of a chat, with the number of the turn.
-        row (`int`): which.
-        turn (`int`): of the user's messages, the one that is asked.
-        question (`str`), caption (`str`): what is asked, and the description in it, empty if there is none.
-        num_images (`int`): of the row up to there.
-    """
-
-    id: str
-    row: int
-    turn: int
-    question: str
-    caption: str
-    num_images: int
-
-
 def main(arguments: Sequence[str]) -> int:
     """
     `chatpose eval TASK --SETTING VALUE ...`; under `accelerate launch` on several processes.
@@ -261,75 +209,31 @@ def _find_processes() -> PartialState:
 
 
 class _Evaluation:
-    """One run: rows and questions first, then answers, then measures."""
+    """One run: questions first, then answers, then measures."""
 
     def __init__(self, task: str, settings: EvaluationArguments, state: PartialState):
         self.task, self.settings, self.state = task, settings, state
         self.output = Path(settings.output)
         self.device = torch.device(settings.device) if settings.device else state.device
         self.notes: list[str] = []
-        self.counts: dict[str, int] = {}
         self.metrics: dict[str, dict[str, Estimate | float]] = {}
-        self.revision: str | None = None
         with state.main_process_first():  # `datasets` builds its cache once
-            self.rows = load_rows(settings.data, settings.split, decode=False, revision=settings.data_revision)
-        self.items = self._make_items()
-        self._check_settings()
-
-    # -- questions --
-
-    def _make_items(self) -> list[Item]:
-        spec, settings = TASKS[self.task], self.settings
-        kinds = spec.kinds if settings.caption_kind is None else (settings.caption_kind,)
-        template = settings.question or spec.question
-        items: list[Item] = []
-        left_out: dict[str, int] = {}
-        columns = self.rows.select_columns(["id", "task", "messages", "poses", "captions"])
-        for number, row in enumerate(columns):
-            reason, caption = None, ""
-            if not row["id"].startswith(settings.id_prefix):
-                reason = "rows of other ids"
-            elif row["task"] not in spec.row_tasks:
-                reason = "rows of other tasks"
-            elif self.task != "chat" and len(row["poses"]) != 1:
-                reason = "rows without or with several poses"
-            elif kinds:
-                texts = [text for kind in kinds for text in caption_texts(row, [kind])]
-                caption = texts[0] if texts else ""
-                reason = None if texts else f"rows without a caption of kind {', '.join(kinds)}"
-            elif self.task == "captions" and not row["captions"]:
-                reason = "rows without captions"
-            if reason:
-                left_out[reason] = left_out.get(reason, 0) + 1
-            elif self.task == "chat":
-                items += _make_turns(number, row)
-            else:
-                question = fill_template(template, caption) if caption else template
-                items.append(Item(row["id"], number, 0, question, caption, _count_images(row["messages"][:2])))
-        if not items:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it is empty"
-            raise ValueError(
-                f"expected rows for {self.task} in split {settings.split} of {settings.data}, found none ({reasons})"
+            rows = load_rows(settings.data, settings.split, decode=False, revision=settings.data_revision)
+        try:
+            self.questions = Questions(
+                rows, task, settings.caption_kind, settings.question, settings.id_prefix, settings.limit
             )
-        if settings.limit is not None:
-            rows = list(dict.fromkeys(item.row for item in items))
-            count = min(settings.limit, len(rows))
-            kept = {rows[index * len(rows) // count] for index in range(count)}
-            left_out["rows left out by the limit, evenly"] = len(rows) - count
-            items = [item for item in items if item.row in kept]
-        self.counts = {"items": len(items), "rows": len({item.row for item in items}), **left_out}
-        return items
+        except ValueError as error:
+            raise ValueError(f"{error}: split {settings.split} of {settings.data}") from error
+        self.counts = dict(self.questions.counts)
+        self._check_settings()
 
     def _check_settings(self) -> None:
         """Before the model is asked: what cannot be measured should not cost hours of answers."""
         task, settings = self.task, self.settings
-        has_images = all(item.num_images for item in self.items)
-        asks_model = task != "captions" or settings.model is not None
-        if asks_model and settings.model is None:
+        if task != "captions" and settings.model is None:
             raise ValueError(f"expected a model for {task}, got none; name one with `--model`")
-        if task in ("pose-estimation", "rpe") and not has_images:
-            raise ValueError(f"expected a picture in every row for {task}")
-        if task == "captions" and settings.model is not None and not has_images:
+        if task == "captions" and settings.model is not None and not self.questions.have_pictures:
             raise ValueError("expected pictures in all rows for captions by a model: it describes what it sees")
         if task == "captions" and settings.retrieval is None:
             raise ValueError(
@@ -337,10 +241,6 @@ class _Evaluation:
             )
         if settings.before is not None and task != "chat":
             raise ValueError(f"expected `before` for chat alone, got {settings.before!r} for {task}")
-        if settings.retrieval is not None and settings.pool_size > len(self.items):
-            raise ValueError(
-                f"expected `pool_size` of at most {len(self.items)}, the number of items, got {settings.pool_size}"
-            )
         self.ruler = None
         if task not in ("chat", "captions"):
             self.ruler = PoseRuler(settings.protocol, settings.body, settings.regressor)
@@ -359,21 +259,19 @@ class _Evaluation:
             else:
                 self.retrieval = Retrieval.load(settings.retrieval)
                 self.retrieval.model.to(self.device)
+                if len(self.questions.items) < 2:
+                    raise ValueError("expected at least 2 items to retrieve among, got 1; leave `retrieval` out")
         self.training = self._load_training() if self.state.is_main_process and self.ruler else None
 
-    def _select(self, columns: Sequence[str]) -> Dataset:
-        """The items' rows, without what is not asked for."""
-        return self.rows.select_columns(list(columns)).select([item.row for item in self.items])
-
     def _load_targets(self) -> Targets:
-        rows = self._select(["id", "source", "poses", "pose_mask"])
+        rows = self.questions.select_rows(["id", "source", "poses", "pose_mask"])
         truths = None
         if self.settings.truth is not None:
             sources = {row["source"] for row in rows}
             if len(sources) > 1:
                 raise ValueError(f"expected rows of one source with `truth`, got {', '.join(sorted(sources))}")
             source = find_source(sources.pop())(self.settings.truth)
-            truths = source.truths([item.id for item in self.items])
+            truths = source.truths([item.id for item in self.questions.items])
         poses = torch.tensor(np.array(rows["poses"], dtype=np.float32)).view(-1, NUM_JOINTS, 3)
         mask = torch.tensor(np.array(rows["pose_mask"], dtype=bool)).view(-1, NUM_JOINTS)
         return Targets(rotvec_to_rotmat(poses), mask, truths)
@@ -383,98 +281,36 @@ class _Evaluation:
         name = settings.train_data or settings.data
         try:
             rows = load_rows(name, settings.train_split, decode=False)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError):
             if settings.train_data is not None:
                 raise
             self.notes.append(
-                f"No baselines that know training poses: {name} has no split {settings.train_split} ({error})."
+                f"No baselines that know training poses: {public_name(name)} has no split {settings.train_split}."
             )
             return None
         training = collect_training_poses(rows)
         self.counts |= {"training poses": len(training.rotmats), "training captions": len(training.captions)}
         return training
 
-    # -- answers --
-
     def run(self) -> dict | None:
-        answers = {}
-        if self.settings.model is not None:
-            answers["model"] = self._ask(self.settings.model, self.settings.revision, "answers")
-        if self.settings.before is not None:
-            answers["before"] = self._ask(self.settings.before, None, "answers_before")
+        models = {"model": self.settings.model, "before": self.settings.before}
+        answers = {system: self._ask(system, model) for system, model in models.items() if model is not None}
         if not self.state.is_main_process:
             return None
         measure = {"chat": self._measure_chat, "captions": self._measure_captions}.get(self.task, self._measure_poses)
         return self._write(*measure(answers))
 
-    def _ask(self, model: str, revision: str | None, folder: str) -> list[dict]:
-        """The record of each item: `text`, `poses` (each 72 numbers), and of a chat's first turn `ce` and `tokens`."""
+    def _ask(self, system: str, model: str) -> list[dict]:
         settings = self.settings
-        # Long questions first: what does not fit into memory fails at once. Of one length, so that little is padding.
-        order = sorted(
-            range(len(self.items)), key=lambda i: (-self.items[i].num_images, -len(self.items[i].question), i)
-        )
-        batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
-        pipe: ChatPosePipeline | None = None
-
-        def answer(indices: Sequence[int]) -> list[dict]:
-            nonlocal pipe
-            if pipe is None:  # not where all is answered
-                loaded, processor = load_trained(model, revision, dtype=settings.dtype)
-                pipe = ChatPosePipeline(model=loaded, processor=processor, device=self.device)
-            return self._answer(pipe, indices)
-
-        kept = {}
-        if self.state.is_main_process:
-            kept = {
-                "task": self.task,
-                "model": public_name(model),
-                "revision": _fingerprint(model, revision),
-                "questions": self._digest_questions(),
-                "batch_size": settings.batch_size,
-                "max_new_tokens": settings.max_new_tokens,
-                "force_pose": settings.force_pose,
-                "dtype": settings.dtype,
-            }
-            if folder == "answers":
-                self.revision = kept["revision"]
-        records = map_batches(answer, batches, self.output / folder, kept, self.state, "question")
-        return [records[index] for index in range(len(self.items))]
-
-    def _digest_questions(self) -> str:
-        """Of all that the model is shown."""
-        digest = hashlib.sha256()
-        for item, row in zip(self.items, self._select(["messages", "images"]), strict=True):
-            digest.update(
-                json.dumps([item.id, item.question, row["messages"] if self.task == "chat" else None]).encode()
-            )
-            for image in row["images"] if item.turn == 0 else ():
-                digest.update(image["bytes"] or str(image["path"]).encode())
-        return digest.hexdigest()[:16]
-
-    def _answer(self, pipe: ChatPosePipeline, indices: Sequence[int]) -> list[dict]:
-        rows = self.rows.select([self.items[index].row for index in indices])
-        chats = [_make_chat(self.task, self.items[index], row) for index, row in zip(indices, rows, strict=True)]
-        replies = pipe.forward(
-            {"chat": chats},
-            max_new_tokens=self.settings.max_new_tokens,
-            force_pose=self.settings.force_pose,
-            do_sample=False,
-            num_beams=1,
-        )["reply"]
-        records = [
-            {"text": reply["text"], "poses": [pose["theta"].tolist() for pose in reply["poses"]]} for reply in replies
-        ]
-        if self.task == "chat":
-            for index, row, record in zip(indices, rows, records, strict=True):
-                if self.items[index].turn == 0:
-                    record |= _score_answers(pipe, row)
-        return records
+        generation = Generation(settings.batch_size, settings.max_new_tokens, settings.force_pose, settings.dtype)
+        revision = settings.revision if system == "model" else None
+        folder = self.output / "answers" / system
+        return ask_model(self.questions, model, revision, folder, generation, self.state, self.device)
 
     # -- measures --
 
     def _measure_poses(self, answers: dict[str, list[dict]]):
-        count = len(self.items)
+        count = len(self.questions.items)
         records = answers["model"]
         answered = torch.tensor([bool(record["poses"]) for record in records])
         self.counts |= {
@@ -497,7 +333,7 @@ class _Evaluation:
             self._summarise({system: measured})
             values[system] = {**values.get(system, {}), **measured}
         if self.task == "rpe":
-            self._summarise_groups(values, [_attribute(item) for item in self.items])
+            self._summarise_groups(values, [_attribute(item.id) for item in self.questions.items])
         columns = {
             "num_poses": [len(record["poses"]) for record in records],
             "theta": [record["poses"][0] if record["poses"] else None for record in records],
@@ -510,7 +346,7 @@ class _Evaluation:
         if self.training is not None:
             predictions["mean_pose"] = make_mean_pose(self.training).expand(count, -1, -1, -1)
             predictions["random_pose"] = draw_random_poses(self.training, count, self.settings.seed)
-            captions = [item.caption for item in self.items]
+            captions = [item.caption for item in self.questions.items]
             if self.training.captions and all(captions):
                 predictions["nearest_caption"] = find_nearest_by_words(self.training, captions)
                 encoder = find_sentence_encoder(self.settings.sentence_encoder)
@@ -527,7 +363,7 @@ class _Evaluation:
         self, predictions: dict[str, Tensor], values: dict[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         """`values` with every item's recalls; whole sets' measures go into `metrics`."""
-        texts = self.retrieval.embed_texts([item.caption for item in self.items])
+        texts = self.retrieval.embed_texts([item.caption for item in self.questions.items])
         truth, known = self.targets.rotmats, self.targets.mask[..., None, None]
         true_features = self.retrieval.embed_poses(rotmat_to_rotvec(truth))
         for system, rotmats in {**predictions, "true_pose": truth}.items():
@@ -548,6 +384,9 @@ class _Evaluation:
             values |= {f"{name}_recall{k}_percent": recall_percent(ranks, k) for k in _RECALLS}
             means += [recall_percent(ranks, k) for k in _MEAN_RECALLS]
         values["mrecall_percent"] = torch.stack(means).mean(0)
+        if settings.pool_size > len(queries):
+            self._note(f"Fewer than {settings.pool_size} items: no pools.")
+            return values
         for name, (queries, gallery) in directions.items():
             ranks = pool_ranks(queries, gallery, settings.pool_size, settings.pool_draws, settings.seed)
             values |= {
@@ -557,13 +396,18 @@ class _Evaluation:
             }
         return values
 
+    def _note(self, text: str) -> None:
+        """Once, however many systems it is about."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def _measure_captions(self, answers: dict[str, list[dict]]):
         """R-precision: does the retrieval model find the true pose by the text, among 31 others?"""
-        rows = list(self._select(["captions", "poses", "pose_mask"]))
+        rows = list(self.questions.select_rows(["captions", "poses", "pose_mask"]))
         poses = torch.tensor(np.array([row["poses"] for row in rows], dtype=np.float32)).view(-1, NUM_JOINTS, 3)
         features = self.retrieval.embed_poses(poses)
         texts: dict[str, list[str | None]] = {}
-        records = answers.get("model", [{"text": "", "poses": []}] * len(self.items))
+        records = answers.get("model", [{"text": "", "poses": []}] * len(self.questions.items))
         if answers:
             texts["model"] = [record["text"] for record in records]
         kinds = dict.fromkeys(caption["kind"] for row in rows for caption in row["captions"])
@@ -573,9 +417,8 @@ class _Evaluation:
         for system, of_system in texts.items():
             indices = [index for index, text in enumerate(of_system) if text is not None]
             self.counts[f"texts of {system}"] = len(indices)
-            if len(indices) < self.settings.pool_size:
-                self.notes.append(f"{len(indices)} texts of {system} are fewer than a pool: left out.")
-                continue
+            if not indices:
+                raise ValueError(f"expected captions of kind {system}, got none")
             embedded = self.retrieval.embed_texts([of_system[index] for index in indices])
             of_items = self._measure_recalls(
                 {"t2p": (embedded, features[indices]), "p2t": (features[indices], embedded)}
@@ -589,11 +432,7 @@ class _Evaluation:
         return records, columns, values, []
 
     def _measure_chat(self, answers: dict[str, list[dict]]):
-        rows = self._select(["messages"])
-        wanted = [
-            _text_of(row["messages"], _user_turns(row["messages"])[item.turn] + 1)
-            for item, row in zip(self.items, rows, strict=True)
-        ]
+        wanted = self.questions.true_answers()
         values = {}
         for system, records in answers.items():
             matches = [
@@ -662,10 +501,8 @@ class _Evaluation:
         return cases
 
     def _make_case(self, rank: str, index: int, reply: str, figures: dict[str, float]) -> Case:
-        item = self.items[index]
-        images = self.rows[item.row]["images"] if item.num_images else []
-        picture = open_picture(images[0]) if images else None
-        return Case(rank, item.id, item.question, reply, picture, {}, figures)
+        item = self.questions.items[index]
+        return Case(rank, item.id, item.question, reply, self.questions.open_picture(index), {}, figures)
 
     # -- files --
 
@@ -679,12 +516,12 @@ class _Evaluation:
             "protocol": self._describe(),
             "body": body.name if body else None,
             "model": public_name(settings.model) if settings.model else None,
-            "revision": self.revision,
+            "revision": find_revision(settings.model, settings.revision) if settings.model else None,
             "versions": {name: version(name) for name in ("chatpose_hf", "transformers", "torch")},
             "seed": settings.seed,
             "counts": self.counts,
             "settings": {
-                "question": settings.question or TASKS[self.task].question,
+                "question": self.questions.template,
                 "batch_size": settings.batch_size,
                 "max_new_tokens": settings.max_new_tokens,
                 "force_pose": settings.force_pose,
@@ -692,7 +529,7 @@ class _Evaluation:
                 "train_data": public_name(settings.train_data or settings.data) if self.training else None,
                 "retrieval": self.retrieval.name if self.retrieval else None,
                 "before": public_name(settings.before) if settings.before else None,
-                "questions": self._digest_questions(),
+                "questions": self.questions.digest,
             },
             "notes": self.notes,
             "metrics": {
@@ -704,8 +541,8 @@ class _Evaluation:
             },
         }
         table = {
-            "id": [item.id for item in self.items],
-            "question": [item.question for item in self.items],
+            "id": [item.id for item in self.questions.items],
+            "question": [item.question for item in self.questions.items],
             "reply": [record["text"] for record in records],
             **columns,
             **{
@@ -737,7 +574,7 @@ class _Evaluation:
         if self.retrieval:
             sentences.append(
                 f"Retrieval by {self.retrieval.name}. t2p: captions look for poses, p2t: poses for captions; recall at k: "
-                f"the true partner is among the first k of all {len(self.items)} (full gallery), or of "
+                f"the true partner is among the first k of all {len(self.questions.items)} (full gallery), or of "
                 f"{settings.pool_size}, itself and others drawn at random (pool; {settings.pool_draws} draws; R-precision). "
                 "Ties are in random order. mrecall: the mean of recall at 1, 5, 10 over the full gallery, both ways."
             )
@@ -796,78 +633,13 @@ def _pick(errors: Tensor, answered: Tensor) -> list[tuple[str, int]]:
     return picked
 
 
-def _count_images(messages: list[dict]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
-def _user_turns(messages: list[dict]) -> list[int]:
-    return [number for number, message in enumerate(messages) if message["role"] == "user"]
-
-
-def _text_of(messages: list[dict], number: int) -> str:
-    return "".join(part["text"] or "" for part in messages[number]["content"])
-
-
-def _make_turns(number: int, row: dict) -> list[Item]:
-    messages = row["messages"]
-    return [
-        Item(f"{row['id']}#{turn}", number, turn, _text_of(messages, place), "", _count_images(messages[: place + 1]))
-        for turn, place in enumerate(_user_turns(messages))
-    ]
-
-
-def _make_chat(task: str, item: Item, row: dict) -> list[dict]:
-    """What the model is given: the row's conversation up to the question, or its pictures and the item's question."""
-    messages = row["messages"]
-    place = _user_turns(messages)[item.turn]
-    images = iter(row["images"])
-    chat = [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": open_picture(next(images))} if part["type"] == "image" else part
-                for part in message["content"]
-                if part["type"] != "text" or task == "chat"
-            ],
-        }
-        for message in messages[: place + 1]
-    ]
-    if task != "chat":
-        chat = [{"role": "user", "content": [*chat[-1]["content"], {"type": "text", "text": item.question}]}]
-    return chat
-
-
-@torch.inference_mode()
-def _score_answers(pipe: ChatPosePipeline, row: dict) -> dict[str, float | int]:
-    """The true answers' summed cross-entropy, and their tokens."""
-    batch = {name: value.to(pipe.device) for name, value in ChatPoseCollator(pipe.processor)([row]).items()}
-    if "pixel_values" in batch:
-        batch["pixel_values"] = batch["pixel_values"].to(pipe.model.dtype)
-    labels = batch["labels"][:, 1:]
-    logits = pipe.model(**batch)["logits"][:, :-1]
-    ce = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="sum")
-    return {"ce": ce.item(), "tokens": int((labels != -100).sum())}
-
-
 def _normalise(text: str) -> str:
     """As answers to questions about pictures are compared: see `_describe`."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _attribute(item: Item) -> str:
+def _attribute(id: str) -> str:
     """Of an RPE row: RPE-Refined's ids begin with it, ours end with it."""
-    first, last = item.id.split("/")[0], item.id.split("/")[-1]
+    first, last = id.split("/")[0], id.split("/")[-1]
     return first if first in ATTRIBUTES else last if last in ATTRIBUTES else "other"
-
-
-def _fingerprint(model: str, revision: str | None) -> str:
-    """The commit on the Hub, or of a folder the digest of its weights."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model, revision=revision), "_commit_hash", None) or str(revision)
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"

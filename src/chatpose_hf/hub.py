@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     push: bool = False,
-    results: str | Path | None = None,
+    results: Sequence[str | Path] = (),
     output: str | Path | None = None,
     api: HfApi | None = None,
 ) -> Release:
@@ -84,8 +85,8 @@ def publish(
             The branch to commit to, made where it does not exist; the default is the main one.
         push (`bool`, *optional*, defaults to `False`):
             Send. Without it nothing leaves this machine.
-        results (`str` or `Path`, *optional*):
-            A `results.json` for the card, instead of the folder's own.
+        results (`Sequence[str | Path]`, *optional*):
+            Every `results.json` for the card, instead of the folder's own.
         output (`str` or `Path`, *optional*):
             Folder to keep the release in; must not exist.
         api ([`huggingface_hub.HfApi`], *optional*):
@@ -141,7 +142,7 @@ def make_release(
     *,
     merge: bool = False,
     repo_id: str | None = None,
-    results: str | Path | None = None,
+    results: Sequence[str | Path] = (),
 ) -> list[Path]:
     """
     Writes a folder as it would lie on the Hub: weights, settings, tokenizer, records and card; for a whole model the
@@ -152,7 +153,7 @@ def make_release(
         output (`str` or `Path`): folder to write; must not exist. It appears when it is complete.
         merge (`bool`, *optional*, defaults to `False`): merge an adapter into its base.
         repo_id (`str`, *optional*): where it will lie, for the card.
-        results (`str` or `Path`, *optional*): a `results.json` instead of the folder's own.
+        results (`Sequence[str | Path]`, *optional*): every `results.json`, instead of the folder's own.
 
     Returns:
         `list[Path]`: the files, sorted.
@@ -172,9 +173,9 @@ def make_release(
         if base["base_revision"] is None and run.get("base_model") == base["base_model"]:
             base["base_revision"] = run.get("base_revision")
         run |= base
-    results_file = Path(results) if results is not None else folder / "results.json"
-    evaluations = _load_json(results_file, (dict, list)) if results is not None or results_file.exists() else []
-    evaluations = evaluations if isinstance(evaluations, list) else [evaluations]
+    own = [folder / "results.json"] if (folder / "results.json").exists() else []
+    contents = [_load_json(Path(file), (dict, list)) for file in results or own]
+    evaluations = [one for content in contents for one in (content if isinstance(content, list) else [content])]
     card = make_card(run, evaluations, is_adapter=is_adapter and not merge, repo_id=repo_id)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,8 @@ def make_release(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         if evaluations:
-            shutil.copyfile(results_file, staging / "results.json")
+            content = contents[0] if len(contents) == 1 else evaluations
+            (staging / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
         if scores := make_eval_results(evaluations):
             (staging / ".eval_results").mkdir()

@@ -182,8 +182,8 @@ class PoseRuler:
         if self.name == "spin-14" and not self._poses_truth(targets):
             if targets.mask.any():
                 raise ValueError(
-                    "expected pose, shape and gender of everybody for spin-14, or nobody's pose, where motion capture's "
-                    "joints are the truth, got some of both; evaluate them apart"
+                    "expected for spin-14 pose, shape and gender of everybody, or, for motion capture's joints as the truth, "
+                    "nobody's pose, got neither; evaluate people of both kinds apart"
                 )
             needs_joints = True
         if needs_joints:

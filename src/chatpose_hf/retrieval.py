@@ -105,7 +105,7 @@ class RetrievalConfig(PreTrainedConfig):
                 num_hidden_layers=1,
                 num_attention_heads=4,
                 max_position_embeddings=512,
-                # Dropout takes half of the time on a CPU, and did not help.
+                # Dropout takes half of the time on a CPU.
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
             )

@@ -99,7 +99,7 @@ class RetrievalTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "folder to write"})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "pairs that are told apart in a step"})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "pairs at a time"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "the highest learning rate"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "how the learning rate falls"})
     warmup_steps: float = field(default=0.05, metadata={"help": "share of the steps, or steps, in which it rises"})
     num_train_epochs: float = field(default=40, metadata={"help": "passes over the rows"})
@@ -142,13 +142,10 @@ class _Pairs(torch.utils.data.Dataset):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict:
-        texts = self.texts[index]
+        text = self.texts[index][0]
         if self._seed is not None:
-            return {
-                "text": random.Random(f"{self._seed}/{self._epoch}/{index}").choice(texts),
-                "pose_rotmats": self.rotmats[index],
-            }
-        return {"text": texts[0], "pose_rotmats": self.rotmats[index]}
+            text = random.Random(f"{self._seed}/{self._epoch}/{index}").choice(self.texts[index])
+        return {"text": text, "pose_rotmats": self.rotmats[index]}
 
 
 @dataclass
@@ -297,7 +294,7 @@ def train_retrieval(arguments: Sequence[str]) -> int:
             "train_data": train_record,
             "eval_data": eval_record,
             "caption_kinds": data_args.caption_kinds,
-            "text_model": data_args.text_model,
+            "text_model": data_args.text_model and public_name(data_args.text_model),
             "freeze_text": data_args.freeze_text,
             "seed": args.seed,
             "steps": trainer.state.global_step,
@@ -307,7 +304,7 @@ def train_retrieval(arguments: Sequence[str]) -> int:
             "metrics": {
                 name.removeprefix("eval_"): value
                 for name, value in metrics.items()
-                if name.endswith(("recall", *(f"_r{k}" for k in RECALL_AT)))
+                if name.startswith(("eval_t2p_", "eval_p2t_", "eval_mrecall"))
             },
         }
         _write(output_dir, trainer.accelerator.unwrap_model(trainer.model), tokenizer, record)
