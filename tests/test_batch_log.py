@@ -250,6 +250,15 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
     assert max(len(work.asked) for work in works) - min(len(work.asked) for work in works) <= 1
 
 
+def test_processes_when_one_alone_was_slow_then_all_take_from_what_it_left(tmp_path):
+    batches = make_batches()
+    run(tmp_path)
+    (tmp_path / "process-0.jsonl").write_bytes(b"".join(lines_of(tmp_path)[::2]))
+    works = [Work(), Work()]
+    assert run_in_threads(tmp_path, works) == [WANTED, WANTED]
+    assert [work.asked for work in works] == [[batches[1]], [batches[3]]]
+
+
 def test_what_a_former_larger_group_left_is_read_and_its_torn_line_done_again(tmp_path):
     batches = make_batches()
     run_in_threads(tmp_path, [Work(), Work(), Work()])

@@ -131,7 +131,7 @@ def generate_replies(
     path = folder / "replies.jsonl"
     try:
         with FileLock(folder / ".lock", timeout=0):
-            check_settings(folder / SETTINGS_FILE, settings, has_answers=path.exists())
+            check_settings(folder / SETTINGS_FILE, settings, has_answers=path.exists() and path.stat().st_size > 0)
             done = _keep_whole_batches(path, prompts, batch_size)
             # Some versions choke on no inputs at all.
             replies = (

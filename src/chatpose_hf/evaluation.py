@@ -56,7 +56,7 @@ PREDICTIONS_FILE = "predictions.parquet"
 REPORT_FILE = "report.html"
 _RECALLS = (1, 5, 10, 20)
 _MEAN_RECALLS = (1, 5, 10)  # PoseScript's mRecall is the mean of these, both ways
-_PRECISIONS = (1, 2, 3)  # R-precision's ranks
+_POOL_RECALLS = (1, 2, 3, 5, 10)  # the first three are R-precision's
 _CASES = 4  # of each rank in the report
 _CASE_SYSTEMS = ("model", "nearest_caption", "mean_pose")  # the first two that there are, drawn beside the truth
 # What an answer without a pose counts as: arms spread, upright, facing the camera.
@@ -391,7 +391,7 @@ class _Evaluation:
             ranks = pool_ranks(queries, gallery, settings.pool_size, settings.pool_draws, settings.seed)
             values |= {
                 f"{name}_pool{settings.pool_size}_recall{k}_percent": recall_percent(ranks, k).mean(0)
-                for k in sorted({*_PRECISIONS, *_RECALLS})
+                for k in _POOL_RECALLS
                 if k < settings.pool_size
             }
         return values

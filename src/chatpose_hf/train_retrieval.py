@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.utils.data
 import yaml
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -407,21 +407,26 @@ def _make_model(data_args: RetrievalArguments, pairs: _Pairs) -> tuple[Retrieval
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer of at most 4,000 pieces, lower case, for a BERT from nothing."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    backend.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=_VOCABULARY_SIZE, special_tokens=special, show_progress=False)
+    """A byte-level BPE of at most 4,000 pieces, lower case, for a BERT from nothing; the same texts give the same one."""
+    # Not WordPiece: its trainer in tokenizers 0.23 gives other pieces in each process.
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[CLS]", "[SEP]"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY_SIZE,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="[PAD]",
-        unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=512,
