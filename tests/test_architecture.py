@@ -24,6 +24,7 @@ MODEL_LAYER = 10
 LAYERS = {
     "atomic_write": 1,
     "metrics": 1,
+    "figures": 2,
     "processes": 1,
     "array_files": 1,
     "image_files": 1,
@@ -72,6 +73,7 @@ LAYERS = {
     "hub": 12,
     "questions": 11,
     "answers": 12,
+    "measures": 12,
     "evaluation": 13,
     "train_retrieval": 13,
     "convert_chatpose_tokenizer_to_hf": 10,

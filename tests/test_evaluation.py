@@ -31,7 +31,9 @@ from chatpose_hf.data.prompts import IMAGE_QUESTIONS
 from chatpose_hf.data.rows import load_rows, write_rows
 from chatpose_hf.data.rpe_refined import RpeRefined
 from chatpose_hf.data.threedpw import ThreeDPW
-from chatpose_hf.evaluation import EvaluationArguments, evaluate, format_results
+from chatpose_hf.evaluation import EvaluationArguments, evaluate
+from chatpose_hf.figures import format_results
+from chatpose_hf.measures import REST_POSE, normalise_answer
 from chatpose_hf.questions import Questions
 from chatpose_hf.retrieval import Retrieval, RetrievalConfig, RetrievalModel
 from chatpose_hf.rotations import rotvec_to_rotmat
@@ -445,7 +447,7 @@ def test_chat_then_loss_and_matches_are_those_of_the_conversations(desk, tmp_pat
     assert results["metrics"]["before"] == results["metrics"]["model"]
     assert results["body"] is None
     replies = column(tmp_path / "out", "reply")
-    matches = [evaluation._normalise(reply) == "person" for reply in replies]
+    matches = [normalise_answer(reply) == "person" for reply in replies]
     assert results["metrics"]["model"]["exact_match_percent"]["value"] == pytest.approx(100 * np.mean(matches))
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -465,7 +467,7 @@ def test_chat_then_a_later_turn_is_asked_after_the_true_answers(tmp_path):
     ("text", "wanted"), [("The  Cat.", "cat"), ("a dog, an owl", "dog owl"), ("theatre", "theatre"), ("", "")]
 )
 def test_exact_match_then_leaves_out_what_says_nothing(text, wanted):
-    assert evaluation._normalise(text) == wanted
+    assert normalise_answer(text) == wanted
 
 
 def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_path):
@@ -545,7 +547,7 @@ def test_command_when_the_task_is_unknown_then_usage(capsys):
 
 
 def test_rest_pose_then_is_upright_and_faces_the_camera():
-    joints = BodyModel.load().joints(rotvec_to_rotmat(evaluation._REST_POSE))
+    joints = BodyModel.load().joints(rotvec_to_rotmat(REST_POSE))
     head, pelvis, left, right = joints[15], joints[0], joints[16], joints[17]
     assert head[1] < pelvis[1], "y is down"
     assert left[0] > right[0], "its left is at the viewer's right"
