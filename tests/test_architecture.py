@@ -26,6 +26,7 @@ LAYERS = {
     "metrics": 1,
     "figures": 2,
     "processes": 1,
+    "settings_file": 1,
     "array_files": 1,
     "image_files": 1,
     "batch_log": 2,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .atomic_write import write_atomically
@@ -16,7 +17,66 @@ from .atomic_write import write_atomically
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+_STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class SealedCheckpoints:
+    """
+    Of a [`~transformers.Trainer`], named before it among the bases: all of a checkpoint or none. It is written aside,
+    sealed, then named; those before it stay until then.
+    """
+
+    _is_staging = False
+
+    def checkpoint_record(self) -> dict[str, str]:
+        """Texts to keep in a checkpoint, by file name. Every process is asked, before anything is written."""
+        return {}
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / _STAGING) if self._is_staging else folder
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = output_dir / _STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        record = self.checkpoint_record()
+        try:
+            self._is_staging = True
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"cannot write {output_dir / name}: {error}. Nothing of it was kept, and the checkpoints before it are "
+                "whole; make room and go on from the last one"
+            ) from error
+        finally:
+            self._is_staging = False
+        self.accelerator.wait_for_everyone()
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:
+            # Not where it is now, and on every process: each loads the best model from there.
+            self.state.best_model_checkpoint = str(output_dir / name)
+        if self.args.should_save:
+            if is_best:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            for file, text in record.items():
+                (staging / name / file).write_text(text, encoding="utf-8")
+            seal(staging / name, name)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -28,6 +28,7 @@ from .questions import TASKS, Questions
 from .report import Case, make_report
 from .retrieval import Retrieval
 from .rotations import rotvec_to_rotmat
+from .settings_file import parse_settings
 
 
 RESULTS_FILE = "results.json"
@@ -114,19 +115,19 @@ class EvaluationArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """
-    `chatpose eval TASK --SETTING VALUE ...`; under `accelerate launch` on several processes.
+    `chatpose eval TASK [FILE.yaml] [--SETTING VALUE ...]`; under `accelerate launch` on several processes.
 
     Args:
-        arguments (`Sequence[str]`): the task, then settings.
+        arguments (`Sequence[str]`): the task, a file of settings if there is one, and flags, which win.
 
     Returns:
         `int`: 0.
     """
     parser = HfArgumentParser(
-        EvaluationArguments, prog="chatpose eval", usage="chatpose eval TASK [--SETTING VALUE ...]"
+        EvaluationArguments, prog="chatpose eval", usage="chatpose eval TASK [FILE.yaml] [--SETTING VALUE ...]"
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    settings, rest = parser.parse_args_into_dataclasses(arguments)
+    settings, rest = parse_settings(parser, arguments, file_place=1)
     state = _find_processes()
     results = evaluate(rest.task, settings, state)
     if state.is_main_process:

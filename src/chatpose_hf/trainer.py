@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .adapters import count_parameters
 from .atomic_write import write_atomically
 from .body import JOINT_NAMES, BodyModel, placed_joints
 from .card import make_card
-from .checkpoints import seal
+from .checkpoints import SealedCheckpoints
 from .collator import ON_BAD_ROW, ChatPoseCollator, read_report
 from .data.mixture import Mixture
 from .processing_chatpose import ChatPoseProcessor
@@ -38,7 +36,6 @@ RUN_FILE = "run.json"
 BAD_LOSS_FILE = "bad_loss.json"
 SKIPPED_FILE = "skipped_rows.jsonl"
 _SUMS_FILE = "log_sums.json"
-_STAGING = ".saving"
 # What is summed up between two logs, on the device.
 _SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens", "skipped", "truncated")
 
@@ -157,7 +154,7 @@ class _RunCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class ChatPoseTrainer(Trainer):
+class ChatPoseTrainer(SealedCheckpoints, Trainer):
     """
     Trains a [`ChatPoseForConditionalGeneration`], bare or wrapped in PEFT, on rows.
 
@@ -168,7 +165,7 @@ class ChatPoseTrainer(Trainer):
     - `evaluate` gives the exact means over all tokens and poses, teacher-forced: `eval_loss`, `eval_ce_loss`,
       `eval_pose_loss`, `eval_pose_angle_deg`, and `eval_mpjpe_mm` on the body `args.body`, pelvis at its place, global
       orientation included, over the joints whose ancestors are all supervised.
-    - Checkpoints are whole or not there ([`checkpoints.seal`]) and hold adapter or model, processor and card.
+    - Checkpoints are whole or not there ([`SealedCheckpoints`]) and hold adapter or model, processor and card.
     - SIGTERM saves a checkpoint after the step; a loss that is not finite stops before the step, with the rows' ids.
 
     Args:
@@ -221,7 +218,6 @@ class ChatPoseTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         self.restart_sums()
         self._skipped_names: set[str] = set()
-        self._is_staging = False
 
     @property
     def was_terminated(self) -> bool:
@@ -455,59 +451,18 @@ class ChatPoseTrainer(Trainer):
 
     # -- files --
 
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / _STAGING) if self._is_staging else folder
-
-    def _save_checkpoint(self, model, trial):
-        """All of a checkpoint or none: written aside, sealed, then named."""
-        start = time.monotonic()
-        output_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = output_dir / _STAGING
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        sums = self._total(self._sums)
-        try:
-            self._is_staging = True
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise OSError(
-                f"cannot write {output_dir / name}: {error}. Nothing of it was kept, and the checkpoints before it are "
-                "whole; make room and go on from the last one"
-            ) from error
-        finally:
-            self._is_staging = False
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == self.state.global_step:
-            # Not where it is now, and on every process: each loads the best model from there.
-            self.state.best_model_checkpoint = str(output_dir / name)
-        if self.args.should_save:
-            self._seal(staging / name, sums, output_dir)
-        self.accelerator.wait_for_everyone()
-        self._interval_start += time.monotonic() - start
-
-    def _seal(self, folder: Path, sums: list[float], output_dir: Path) -> None:
-        if self.state.best_global_step == self.state.global_step:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+    def checkpoint_record(self) -> dict[str, str]:
         record = {
-            "sums": sums,
+            "sums": self._total(self._sums),
             "steps": self.state.global_step - self._first_step,
             "seconds": time.monotonic() - self._interval_start,
         }
-        (folder / _SUMS_FILE).write_text(json.dumps(record), encoding="utf-8")
-        seal(folder, folder.name)
-        folder.parent.rmdir()
-        rotate_checkpoints(
-            output_dir=str(output_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=False,
-        )
+        return {_SUMS_FILE: json.dumps(record)}
+
+    def _save_checkpoint(self, model, trial):
+        start = time.monotonic()
+        super()._save_checkpoint(model, trial)
+        self._interval_start += time.monotonic() - start
 
     def _load_rng_state(self, checkpoint):
         # The last that is restored of a checkpoint, before the first step.

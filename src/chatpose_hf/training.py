@@ -24,6 +24,7 @@ from .data.rows import load_rows
 from .pose_losses import PoseLoss
 from .processes import leave_group
 from .processing_chatpose import ChatPoseProcessor
+from .settings_file import parse_settings
 from .trainer import ChatPoseTrainer, ChatPoseTrainingArguments
 
 
@@ -145,33 +146,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple:
     parser = HfArgumentParser(
         ARGUMENTS, prog="chatpose train", usage="chatpose train [FILE.yaml] [--SETTING VALUE ...]"
     )
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        settings = _load_settings(arguments.pop(0))
-        actions = {action.dest: action for action in parser._actions}
-        if unknown := settings.keys() - actions.keys():
-            raise ValueError(f"expected settings of `chatpose train --help`, got {', '.join(sorted(unknown))}")
-        for name in settings:
-            actions[name].required = False
-        parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
-
-
-def _load_settings(path: str) -> dict:
-    """YAML's values in the form in which flags give them."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"expected settings as `name: value` in {path}, got {type(settings).__name__}")
-    for name in ("train_data", "eval_data", "joint_weights"):
-        value = settings.get(name)
-        if isinstance(value, dict):
-            settings[name] = [f"{key}={weight}" for key, weight in value.items()]
-        elif isinstance(value, str):
-            settings[name] = [value]
-    return settings
+    return parse_settings(parser, arguments, lists=("train_data", "eval_data", "joint_weights"))
 
 
 def train(arguments: Sequence[str]) -> int:
