@@ -9,12 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.utils.data
-import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -29,23 +28,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from .atomic_write import write_atomically
 from .card import public_name
-from .checkpoints import find_last_checkpoint, list_checkpoints, seal
+from .checkpoints import SealedCheckpoints, find_last_checkpoint, list_checkpoints
 from .data.prompts import DESCRIBING_KINDS
 from .data.rows import caption_texts, load_rows
 from .metrics import recall_percent, retrieval_ranks
 from .processes import leave_group
 from .retrieval import HANDS, NUM_JOINTS, RetrievalConfig, RetrievalModel, to_retrieval_frame
 from .rotations import rotvec_to_rotmat
+from .settings_file import parse_settings
 from .trainer import EpochSampler
 
 
 RECORD_FILE = "retrieval.json"
 RECALL_AT = (1, 5, 10)
-_STAGING = ".saving"
 _VOCABULARY_SIZE = 4000
 
 
@@ -82,9 +80,6 @@ class RetrievalArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint of output_dir"})
 
     def __post_init__(self):
-        for name in ("train_data", "eval_data", "caption_kinds"):
-            if isinstance(getattr(self, name), str):  # as YAML may have it
-                setattr(self, name, [getattr(self, name)])
         for name in ("train_data", "caption_kinds"):
             if not getattr(self, name):
                 raise ValueError(f"expected at least one of `{name}`, got none")
@@ -172,12 +167,12 @@ class _EpochCallback(TrainerCallback):
         self._trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
 
-class RetrievalTrainer(Trainer):
+class RetrievalTrainer(SealedCheckpoints, Trainer):
     """
     Trains a [`RetrievalModel`] on pairs. `evaluate` ranks the whole split, in both directions (PoseScript's protocol).
 
     Candidates are those of one device's batch: accumulated steps and more devices do not make the task harder. Each
-    checkpoint is whole or not there ([`checkpoints.seal`]), and goes on bit for bit.
+    checkpoint is whole or not there ([`SealedCheckpoints`]), and goes on bit for bit.
     """
 
     def __init__(self, model: RetrievalModel, args, tokenizer, train_dataset: _Pairs, eval_dataset: _Pairs | None):
@@ -191,7 +186,6 @@ class RetrievalTrainer(Trainer):
             compute_metrics=compute_recalls,
         )
         self.sampler = EpochSampler(train_dataset, args.seed if args.data_seed is None else args.data_seed)
-        self._is_staging = False
         self.add_callback(_EpochCallback(self))
 
     def _get_train_sampler(self, train_dataset=None):
@@ -201,34 +195,6 @@ class RetrievalTrainer(Trainer):
         loss, embeds, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # transformers 5.24 computes no metrics where there are no labels.
         return loss, embeds, torch.zeros(len(inputs["input_ids"]), device=self.args.device)
-
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / _STAGING) if self._is_staging else folder
-
-    def _save_checkpoint(self, model, trial):
-        output_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_staging = False
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(output_dir / name)  # not where it is now
-        if self.args.should_save:
-            self.state.save_to_json(str(output_dir / _STAGING / name / "trainer_state.json"))
-            seal(output_dir / _STAGING / name, name)
-            (output_dir / _STAGING).rmdir()
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best
-            )
-        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -300,7 +266,7 @@ def train_retrieval(arguments: Sequence[str]) -> int:
             "steps": trainer.state.global_step,
             "seconds": round(time.monotonic() - start, 1),
             "hardware": f"{args.world_size} x {_device_name(args.device)}",
-            "versions": {name: _version(name) for name in ("chatpose_hf", "transformers", "torch")},
+            "versions": {name: version(name) for name in ("chatpose_hf", "transformers", "torch")},
             "metrics": {
                 name.removeprefix("eval_"): value
                 for name, value in metrics.items()
@@ -320,24 +286,7 @@ def _parse_arguments(arguments: Sequence[str]) -> tuple[RetrievalArguments, Retr
         prog="chatpose train-retrieval",
         usage="chatpose train-retrieval [FILE.yaml] [--SETTING VALUE ...]",
     )
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        path = arguments.pop(0)
-        try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML file: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"expected settings as `name: value` in {path}, got {type(settings).__name__}")
-        actions = {action.dest: action for action in parser._actions}
-        if unknown := settings.keys() - actions.keys():
-            raise ValueError(
-                f"expected settings of `chatpose train-retrieval --help`, got {', '.join(sorted(map(str, unknown)))}"
-            )
-        for name in settings:
-            actions[name].required = False
-        parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_settings(parser, arguments, lists=("train_data", "eval_data", "caption_kinds"))
 
 
 def _load_pairs(
@@ -435,7 +384,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def _write(output_dir: Path, model: RetrievalModel, tokenizer: PreTrainedTokenizerBase, record: dict) -> None:
     """Aside first: an interrupted write leaves `output_dir` as it was."""
-    staging = output_dir / _STAGING
+    staging = output_dir / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     model.save_pretrained(staging)
@@ -448,10 +397,3 @@ def _write(output_dir: Path, model: RetrievalModel, tokenizer: PreTrainedTokeniz
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
