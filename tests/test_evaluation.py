@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +23,8 @@ from make_tiny_checkpoint import make_model, make_processor, make_tokenizer
 from PIL import Image
 from transformers import BertConfig
 
-from chatpose_hf import answers, evaluation
+from chatpose_hf import answers, evaluation, measures
+from chatpose_hf.baselines import collect_training_poses, draw_random_poses
 from chatpose_hf.body import BodyModel
 from chatpose_hf.card import make_card
 from chatpose_hf.cli import main
@@ -32,8 +35,10 @@ from chatpose_hf.data.rows import load_rows, write_rows
 from chatpose_hf.data.rpe_refined import RpeRefined
 from chatpose_hf.data.threedpw import ThreeDPW
 from chatpose_hf.evaluation import EvaluationArguments, evaluate
-from chatpose_hf.figures import format_results
-from chatpose_hf.measures import REST_POSE, normalise_answer
+from chatpose_hf.figures import Figures, format_results
+from chatpose_hf.measures import REST_POSE, Judge, measure_captions, measure_chat, measure_poses, normalise_answer
+from chatpose_hf.metrics import bootstrap, diversity, frechet_distance, pool_ranks, recall_percent
+from chatpose_hf.pose_protocols import PoseRuler, Targets
 from chatpose_hf.questions import Questions
 from chatpose_hf.retrieval import Retrieval, RetrievalConfig, RetrievalModel
 from chatpose_hf.rotations import rotvec_to_rotmat
@@ -482,6 +487,13 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
     assert [math.isnan(value) for value in values] == [True, False] * 3
     mean = results["metrics"]["geometry"]["t2p_pool3_recall1_percent"]["value"]
     assert np.nanmean(values) == pytest.approx(mean)
+    # A text looks among all poses, of those without such a text too.
+    retrieval = Retrieval.load(desk / "retrieval")
+    poses = retrieval.embed_poses(torch.tensor([row["poses"][0] for row in rows]))
+    for number in (1, 3, 5):
+        scores = retrieval.embed_texts([rows[number]["captions"][1]["text"]]) @ poses.T
+        hit = (scores > scores[0, number] + 1e-6).sum().item() < 1
+        assert column(tmp_path / "out", "geometry.t2p_recall1_percent")[number] == pytest.approx(100.0 * hit)
     # Without a model the captions of the rows alone.
     results = evaluate("captions", settings(desk, tmp_path / "own", data=data, **{**options, "model": None}))
     assert list(results["metrics"]) == ["human", "geometry"]
@@ -521,7 +533,7 @@ def test_pool_when_larger_than_the_gallery_then_there_is_none(desk, tmp_path):
     assert "t2p_recall5_percent" in results["metrics"]["model"]
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"limit": 0}, {"dtype": "int8"}])
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"limit": 0}, {"pool_size": 0}, {"dtype": "int8"}])
 def test_arguments_when_out_of_range_then_are_refused(desk, changes):
     with pytest.raises(ValueError, match=f"`{next(iter(changes))}`"):
         settings(desk, "out", **changes)
@@ -551,3 +563,449 @@ def test_rest_pose_then_is_upright_and_faces_the_camera():
     head, pelvis, left, right = joints[15], joints[0], joints[16], joints[17]
     assert head[1] < pelvis[1], "y is down"
     assert left[0] > right[0], "its left is at the viewer's right"
+
+
+# -- in detail, without a model --
+
+
+def ask(folder, rows, task, **options):
+    return Questions(load_rows(write(folder, rows), "val", decode=False), task, **options)
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def make_long_chat():
+    """With a system message, two pictures, the second of them in the last question, and answers that differ."""
+    picture = {"type": "image", "text": None}
+    said = [
+        ("system", [text_part("Be brief.")]),
+        ("user", [picture, text_part("Who?")]),
+        ("assistant", [text_part("She.")]),
+        ("user", [text_part("Where is "), text_part("she?")]),
+        ("assistant", [text_part("There.")]),
+        ("user", [text_part("And now?"), picture]),
+        ("assistant", [text_part("Here.")]),
+    ]
+    images = [Image.new("RGB", (30, 36), color) for color in ("red", "blue")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    return {**make_chat(7, picture=False), "messages": messages, "images": images}
+
+
+def test_chat_then_every_turn_has_its_own_history_pictures_and_answer(tmp_path):
+    questions = ask(tmp_path / "rows", [make_row(0), make_long_chat(), make_chat(8, turns=1)], "chat")
+    assert [item.row for item in questions.items] == [1, 1, 1, 2]
+    assert [item.num_images for item in questions.items] == [1, 1, 2, 1]
+    assert questions.true_answers() == ["She.", "There.", "Here.", "The person."]
+    assert questions.items[1].question == "Where is she?"
+    assert questions.counts == {"items": 4, "rows": 2, "rows of other tasks": 1}
+    last, other = questions.make_chats([2, 3])
+    assert [message["role"] for message in last] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert last[5]["content"][1]["image"].getpixel((0, 0)) == (0, 0, 255)
+    assert len(other) == 1
+    assert [row["id"] for row in questions.load_rows([3, 0])] == ["row_8", "row_7"]
+    assert questions.open_picture(2).getpixel((0, 0)) == (255, 0, 0), "the first"
+
+
+def test_question_about_a_row_then_stands_alone_after_the_pictures(tmp_path):
+    """Neither the row's own words nor its system message."""
+    row = make_row(0, "rpe", ("phrase",), picture=True)
+    row["messages"].insert(0, {"role": "system", "content": [text_part("Be brief.")]})
+    questions = ask(tmp_path / "rows", [make_row(1), row], "rpe")
+    ((message,),) = questions.make_chats([0])
+    assert questions.items[0].num_images == 1
+    assert message["role"] == "user"
+    assert [part["type"] for part in message["content"]] == ["image", "text"]
+    assert message["content"][1]["text"].startswith("phrase ")
+    assert questions.open_picture(0).size == (30, 36)
+
+
+def test_questions_then_rows_without_one_are_left_out_by_reason(tmp_path):
+    two = make_row(2)
+    two["poses"], two["pose_mask"] = two["poses"] * 2, two["pose_mask"] * 2
+    rows = [
+        make_row(0, kinds=("geometry", "human")),
+        make_row(1, id="my_row_1"),
+        two,
+        make_row(3, "spg", ("implicit",)),
+        make_row(4, kinds=("phrase",)),
+        make_row(5, kinds=("geometry", "geometry")),
+        make_row(6, captions=[{"kind": "human", "text": " "}, {"kind": "geometry", "text": "geometry"}]),
+    ]
+    questions = ask(tmp_path / "rows", rows, "text-to-pose", id_prefix="row_")
+    assert [item.caption.split()[0] for item in questions.items] == ["human", "geometry", "geometry"]
+    assert questions.counts == {
+        "items": 3,
+        "rows": 3,
+        "rows of other ids": 1,
+        "rows without or with several poses": 1,
+        "rows of other tasks": 1,
+        "rows without a caption of kind human, automatic, geometry": 1,
+    }
+    rows = [make_row(0, kinds=()), make_row(1), make_row(2, "spg", ("implicit",))]
+    questions = ask(tmp_path / "captions", rows, "captions")
+    assert questions.counts == {"items": 1, "rows": 1, "rows without captions": 1, "rows of other tasks": 1}
+    assert [row["id"] for row in questions.select_rows(["id"])] == ["row_1"]
+    with pytest.raises(ValueError, match="expected a picture in every row for rpe"):
+        ask(tmp_path / "blind", [make_row(0, "rpe", ("phrase",))], "rpe")
+
+
+def test_batches_then_pictures_and_long_questions_come_first(tmp_path):
+    rows = [make_row(n, "rpe", picture=True, captions=[{"kind": "phrase", "text": "x" * (n + 1)}]) for n in range(4)]
+    rows[1]["images"] *= 2
+    rows[1]["messages"][0]["content"].insert(0, {"type": "image", "text": None})
+    assert ask(tmp_path / "rows", rows, "rpe").make_batches(3) == [[1, 3, 2], [0]]
+
+
+def test_digest_then_follows_all_that_is_shown(tmp_path):
+    chat = make_long_chat()
+    changed = {"id": {**chat, "id": "other"}, "picture": {**chat, "images": chat["images"][::-1]}}
+    changed["history"] = {**chat, "messages": [{**m} for m in chat["messages"]]}
+    changed["history"]["messages"][2] = {"role": "assistant", "content": [text_part("He.")]}
+    digests = {name: ask(tmp_path / name, [row], "chat").digest for name, row in {"as it is": chat, **changed}.items()}
+    assert len(set(digests.values())) == 4
+    assert ask(tmp_path / "again", [chat], "chat").digest == digests["as it is"]
+    # Of a row that is asked about what its messages say does not matter; what its caption says does.
+    row = make_row(0)
+    first = ask(tmp_path / "row", [row], "text-to-pose").digest
+    assert ask(tmp_path / "drawn", [{**row, "messages": make_row(1)["messages"]}], "text-to-pose").digest == first
+    captions = [{"kind": "human", "text": "Other words."}]
+    assert ask(tmp_path / "said", [{**row, "captions": captions}], "text-to-pose").digest != first
+
+
+def answer_by(monkeypatch, make_record):
+    """In place of a model; gives the models that were loaded."""
+    loaded = []
+
+    def load(*given, **options):
+        loaded.append((*given, options["dtype"]))
+        return given[0], None
+
+    def answer(pipe, questions, indices, generation):
+        return [make_record(pipe, questions.items[index]) for index in indices]
+
+    monkeypatch.setattr(answers, "load_trained", load)
+    monkeypatch.setattr(answers, "ChatPosePipeline", lambda model, **_: model)
+    monkeypatch.setattr(answers, "_answer", answer)
+    return loaded
+
+
+def test_answers_then_come_in_the_order_of_the_rows_each_model_in_its_revision(desk, tmp_path, monkeypatch):
+    def record(model, item):
+        return {"text": f"{item.id} {model[-4:]}", "poses": [], "ce": 1.0, "tokens": 1}
+
+    (tmp_path / "base").mkdir()
+    loaded = answer_by(monkeypatch, record)
+    data = write(tmp_path / "rows", [make_row(0), make_long_chat(), make_chat(1), make_chat(2, turns=1)])
+    options = {"before": str(tmp_path / "base"), "revision": "v2", "dtype": "float32", "batch_size": 2}
+    evaluate("chat", settings(desk, tmp_path / "out", data=data, **options))
+    assert loaded == [(str(desk / "model"), "v2", "float32"), (str(tmp_path / "base"), None, "float32")]
+    ids = column(tmp_path / "out", "id")
+    assert column(tmp_path / "out", "reply") == [f"{id} odel" for id in ids]
+    assert column(tmp_path / "out", "reply_before") == [f"{id} base" for id in ids]
+    kept = json.loads((tmp_path / "out" / "answers" / "model" / "settings.json").read_text())
+    assert kept["revision"] == answers.find_revision(str(desk / "model"), None)
+
+
+def test_answers_then_are_greedy_and_losses_are_those_of_the_first_turns(tmp_path, monkeypatch):
+    given = {}
+
+    def forward(inputs, **options):
+        given.update(options)
+        return {"reply": [{"text": "x", "poses": []} for _ in inputs["chat"]]}
+
+    questions = ask(tmp_path / "rows", [make_long_chat(), make_chat(1, turns=1)], "chat")
+    monkeypatch.setattr(answers, "_score_answers", lambda pipe, row: {"ce": row["id"]})
+    generation = answers.Generation(2, max_new_tokens=7, force_pose=True, dtype="auto")
+    records = answers._answer(SimpleNamespace(forward=forward), questions, [1, 3, 0], generation)
+    assert given == {"max_new_tokens": 7, "force_pose": True, "do_sample": False, "num_beams": 1}
+    assert [record.get("ce") for record in records] == [None, "row_1", "row_7"]
+
+
+def test_revision_then_is_of_all_weights_and_of_the_branch_that_was_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "model-1.safetensors").write_bytes(b"one")
+    (tmp_path / "model-2.safetensors").write_bytes(b"two")
+    first = answers.find_revision(str(tmp_path), None)
+    (tmp_path / "model-2.safetensors").write_bytes(b"three")
+    assert answers.find_revision(str(tmp_path), None) != first
+    monkeypatch.setattr(answers, "find_adapter_config_file", lambda model, revision: revision)
+    monkeypatch.setattr(answers, "hf_hub_download", lambda model, name, revision: f"snapshots/{revision}/{name}")
+    assert answers.find_revision("me/poser", "v2") == "v2"
+
+
+def test_figures_then_intervals_follow_the_seed_and_columns_the_items():
+    values = torch.tensor([1.0, 5.0, 2.0, 9.0])
+    figures = Figures(3)
+    figures.add("model", {"x": values})
+    assert figures.metrics["model"]["x"] == bootstrap(values, seed=3) != bootstrap(values, seed=0)
+    assert figures.as_columns() == {"model.x": [1.0, 5.0, 2.0, 9.0]}
+    results = {
+        "protocol": "",
+        "counts": {},
+        "notes": [],
+        "metrics": {"model": {"x": {"value": 2, "low": 1, "high": 3}}},
+    }
+    assert "2 [1, 3]" in format_results(results)
+
+
+def test_recalls_then_each_direction_is_its_own_and_pools_follow_the_seed():
+    generator = torch.Generator().manual_seed(0)
+    texts, poses = (torch.nn.functional.normalize(torch.randn(12, 4, generator=generator)) for _ in range(2))
+    judge = Judge(None, pool_size=12, pool_draws=2, seed=5)
+    values = judge.measure_recalls(texts, poses, Figures(0))
+    scores = texts @ poses.T
+    ranks = {
+        "t2p": (scores > scores.diagonal()[:, None]).sum(1),
+        "p2t": (scores.diagonal()[:, None] < scores.T).sum(1),
+    }
+    for name, of in ranks.items():
+        for k in (1, 5, 10):
+            assert values[f"{name}_recall{k}_percent"].tolist() == (100.0 * (of < k)).tolist()
+            # Pools of all are the gallery.
+            assert values[f"{name}_pool12_recall{k}_percent"].tolist() == (100.0 * (of < k)).tolist()
+    assert ranks["t2p"].tolist() != ranks["p2t"].tolist()
+    six = [values[f"{name}_recall{k}_percent"] for name in ranks for k in (1, 5, 10)]
+    torch.testing.assert_close(values["mrecall_percent"], torch.stack(six).mean(0))
+    judge = Judge(None, pool_size=4, pool_draws=3, seed=5)
+    of_pools = recall_percent(pool_ranks(poses, texts, 4, 3, seed=5), 2).mean(0)
+    assert judge.measure_recalls(texts, poses, Figures(0))["p2t_pool4_recall2_percent"].equal(of_pools)
+
+
+def make_desk_of_poses(tmp_path, rows, task="text-to-pose"):
+    questions = ask(tmp_path / "rows", rows, task)
+    thetas = torch.tensor([row["poses"][0] for row in rows])
+    mask = torch.tensor([row["pose_mask"][0] for row in rows])
+    return questions, thetas, Targets(rotvec_to_rotmat(thetas), mask, None)
+
+
+class FlatRetrieval:
+    """Whose features are the pose itself; a text's are those of its item."""
+
+    name = "flat"
+
+    def __init__(self, thetas):
+        self.thetas = thetas
+
+    def embed_texts(self, texts):
+        return self.embed_poses(self.thetas)
+
+    def embed_poses(self, thetas):
+        return torch.nn.functional.normalize(rotvec_to_rotmat(thetas).flatten(1).double())
+
+
+def test_retrieval_then_what_nobody_knows_is_the_same_on_both_sides(tmp_path):
+    rows = [make_row(n) for n in range(5)]
+    questions, thetas, targets = make_desk_of_poses(tmp_path, rows)
+    right, wrong = thetas.clone(), thetas.clone()
+    right[:, 22:] = 0.9
+    wrong[:, 5] += 1
+    judge, figures = Judge(FlatRetrieval(thetas), 3, 2, 4), Figures(0)
+    records = [{"text": "", "poses": [pose.flatten().tolist()]} for pose in right]
+    baselines = {"wrong": rotvec_to_rotmat(wrong)}
+    measure_poses(questions, records, targets, PoseRuler("smpl-24"), judge, baselines, figures)
+    assert figures.metrics["model"]["fid"] == pytest.approx(0, abs=1e-6)
+    assert figures.metrics["model"]["t2p_recall1_percent"].value == 100
+    assert figures.metrics["model"]["mpjpe_mm"].value == pytest.approx(0, abs=1e-2)
+    features = judge.retrieval.embed_poses(wrong)
+    true_features = judge.retrieval.embed_poses(thetas)
+    assert figures.metrics["wrong"]["fid"] == pytest.approx(frechet_distance(features, true_features), rel=1e-3)
+    assert figures.metrics["wrong"]["diversity"] == pytest.approx(diversity(features, seed=4), rel=1e-5)
+    assert figures.metrics["wrong"]["mpjpe_mm"].value > 10
+
+
+def test_answers_then_the_first_pose_counts_and_cases_are_the_best_the_median_and_the_worst(tmp_path):
+    """Item n is n steps from the truth; 0 is turned as a whole, which its figure of positions shows and its rank not."""
+    rows = [make_row(n, "rpe", ("phrase",), picture=True) for n in range(14)]
+    for number, row in enumerate(rows):
+        row["images"] = [Image.new("RGB", (30, 36), (10 * number, 0, 0))]
+        row["id"] = f"person_{number}/{('pose', 'shape')[number % 2]}"
+    questions, thetas, targets = make_desk_of_poses(tmp_path, rows, "rpe")
+    targets.mask[1, 0] = False
+    said = thetas.clone()
+    for number in range(14):
+        said[number, 1:22] += 0.02 * number
+    said[0, 0] += 1
+    records = [{"text": f"reply {n}", "poses": [pose.flatten().tolist()]} for n, pose in enumerate(said)]
+    records[2]["poses"].append(thetas[2].flatten().tolist())
+    records[12]["poses"] = []
+    baselines = {"mean_pose": rotvec_to_rotmat(thetas.flip(0)), "rest_pose": targets.rotmats}
+    ruler, figures = PoseRuler("smpl-24"), Figures(0)
+    ruler.check = lambda targets: None
+    columns, cases = measure_poses(questions, records, targets, ruler, None, baselines, figures)
+    assert columns["num_poses"][2] == 2
+    assert columns["theta"][2] == records[2]["poses"][0]
+    assert columns["theta"][12] is None
+    assert figures.counts["answers with several poses"] == 1
+    assert figures.counts["answers without a pose"] == 1
+    assert figures.of_items["model"]["pa_mpjpe_mm"][2] > 1, "the second would be right"
+    assert figures.metrics["model"]["failure_percent"].value == pytest.approx(100 / 14)
+    assert {f"{group}_mpjpe_mm" for group in ("pose", "shape")} <= set(figures.metrics["mean_pose"])
+    order = figures.of_items["model"]["pa_mpjpe_mm"].argsort().tolist()
+    order.remove(12)
+    assert order[:2] == [1, 0], "of 1 no joint but the pelvis is known"
+    ranked = {
+        rank: [int(case.id.split("/")[0][7:]) for case in cases if case.rank == rank]
+        for rank in ("best", "median", "worst", "unanswered")
+    }
+    assert ranked == {
+        "best": order[:4],
+        "median": order[4:8],
+        "worst": [*order[9:][::-1]],
+        "unanswered": [12],
+    }
+    for case in cases:
+        number = int(case.id.split("/")[0][7:])
+        assert case.reply == f"reply {number}"
+        assert case.picture.getpixel((0, 0))[0] == 10 * number
+        assert case.figures["mpjpe_mm"] == figures.of_items["model"]["mpjpe_mm"][number].item()
+        missing = {1: {"truth"}, 12: {"model"}}.get(number, set())
+        assert set(case.poses) == {"truth", "model", "mean_pose"} - missing
+        for name, wanted in (("truth", thetas), ("model", said), ("mean_pose", thetas.flip(0))):
+            if name in case.poses:
+                torch.testing.assert_close(case.poses[name], wanted[number], atol=1e-3, rtol=0)
+
+
+def test_baselines_then_follow_the_seed_and_the_order_of_the_questions(tmp_path, monkeypatch):
+    training = collect_training_poses(load_rows(write(tmp_path / "rows", [make_row(n) for n in range(30)]), "val"))
+    captions = [make_row(n)["captions"][0]["text"] for n in (4, 2, 9)]
+    named = []
+
+    def find_by_sentence(training, texts, encoder, device):
+        named.append(encoder)
+        return training.rotmats[: len(texts)]
+
+    monkeypatch.setattr(measures, "find_nearest_by_sentence", find_by_sentence)
+    found = measures.make_baselines(training, captions, "mine", 5, torch.device("cpu"), Figures(0))
+    assert list(found) == ["mean_pose", "random_pose", "nearest_caption", "nearest_sentence", "rest_pose"]
+    assert named == ["mine"]
+    assert found["random_pose"].equal(draw_random_poses(training, 3, 5))
+    assert not found["random_pose"].equal(draw_random_poses(training, 3, 0))
+    assert found["nearest_caption"].equal(training.rotmats[[4, 2, 9]])
+    found = measures.make_baselines(training, ["", ""], "mine", 5, torch.device("cpu"), Figures(0))
+    assert list(found) == ["mean_pose", "random_pose", "rest_pose"], "nothing is said"
+
+
+def test_captions_then_each_text_is_measured_by_its_own_pose(tmp_path):
+    rows = [make_row(n, kinds=("human", "geometry")[: 1 + n % 2]) for n in range(6)]
+    questions, thetas, _ = make_desk_of_poses(tmp_path, rows, "captions")
+
+    class Retrieval(FlatRetrieval):
+        def embed_texts(self, texts):
+            return self.embed_poses(self.thetas[[int(text.split()[-1]) for text in texts]])
+
+    records = [{"text": f"I see {5 - n}"} for n in range(6)]
+    judge = Judge(Retrieval(thetas), 2, 2, 0)
+    figures = Figures(0)
+    columns = measure_captions(questions, records, None, judge, figures)
+    values = {system: of["t2p_recall1_percent"].tolist() for system, of in figures.of_items.items()}
+    assert values["human"] == [100.0] * 6
+    assert [value if value == value else None for value in values["geometry"]] == [None, 100.0] * 3
+    assert values["model"] == [0.0] * 6, "it described others"
+    assert columns["text_model"][0] == "I see 5"
+    assert figures.counts == {"texts of model": 6, "texts of human": 6, "texts of geometry": 3}
+    figures = Figures(0)
+    measure_captions(questions, None, "geometry", judge, figures)
+    assert list(figures.metrics) == ["geometry"]
+
+
+def test_chat_figures_then_long_conversations_weigh_more(tmp_path):
+    questions = ask(tmp_path / "rows", [make_long_chat(), make_chat(1, turns=1)], "chat")
+    records = [
+        {"text": "SHE", "poses": [[0.0]], "ce": 2.0, "tokens": 1},
+        {"text": "where", "poses": []},
+        {"text": "gone", "poses": []},
+        {"text": "a person", "poses": [], "ce": 12.0, "tokens": 3},
+    ]
+    before = [{**record, "text": "nothing"} for record in records]
+    figures = Figures(0)
+    columns, cases = measure_chat(questions, {"model": records, "before": before}, figures)
+    assert figures.metrics["model"]["loss"].value == pytest.approx(14 / 4)
+    assert figures.of_items["model"]["exact_match_percent"].tolist() == [100.0, 0.0, 0.0, 100.0]
+    assert figures.metrics["before"]["exact_match_percent"].value == 0
+    assert figures.of_items["model"]["pose_answer_percent"].tolist() == [100.0, 0.0, 0.0, 0.0]
+    assert columns["reply_before"] == ["nothing"] * 4
+    assert [(case.rank, case.id) for case in cases] == [
+        *(("best", id) for id in ("row_7#0", "row_1#0")),
+        *(("worst", id) for id in ("row_7#1", "row_7#2")),
+    ]
+    assert cases[2].reply == "where\n(expected: There.)"
+
+
+def test_settings_then_reach_what_they_are_about(desk, tmp_path, monkeypatch):
+    """Rows, training rows, seeds, the question, the sentence encoder."""
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": []})
+    seen = []
+
+    def load(name, split, **options):
+        seen.append((Path(name).name, split, options.get("revision")))
+        return load_rows(name, split, decode=options["decode"])
+
+    monkeypatch.setattr(evaluation, "load_rows", load)
+    monkeypatch.setattr(
+        measures, "find_nearest_by_sentence", lambda training, texts, *_: training.rotmats[[0] * len(texts)]
+    )
+    other = write(tmp_path / "other", [make_row(n) for n in range(200, 207)], "seen")
+    options = {
+        "data_revision": "v1",
+        "train_data": str(other),
+        "train_split": "seen",
+        "sentence_encoder": "mine",
+        "question": "Show {sent}",
+        "retrieval": str(desk / "retrieval"),
+        "pool_size": 3,
+        "pool_draws": 1,
+    }
+    results = [evaluate("text-to-pose", settings(desk, tmp_path / "out", seed=seed, **options)) for seed in (0, 7)]
+    evaluate("text-to-pose", settings(desk, tmp_path / "own", data_revision="v1"))
+    assert seen[:2] == [("rows", "val", "v1"), ("other", "seen", None)]
+    assert seen[-1] == ("rows", "train", "v1"), "of data's own"
+    assert results[0]["counts"]["training poses"] == 7
+    assert results[0]["settings"]["question"] == "Show {sent}"
+    assert column(tmp_path / "out", "question")[0].startswith("Show human")
+    assert "nearest_sentence" in results[0]["metrics"]
+    for system, metric in (("random_pose", "mpjpe_mm"), ("true_pose", "t2p_pool3_recall1_percent")):
+        values = [result["metrics"][system][metric]["value"] for result in results]
+        assert values[0] != values[1], f"other {metric} by another seed"
+    low = [result["metrics"]["rest_pose"]["mpjpe_mm"]["low"] for result in results]
+    assert low[0] != low[1], "other draws"
+
+
+def test_results_then_are_written_last(desk, tmp_path, monkeypatch):
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": []})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "make_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("text-to-pose", settings(desk, tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_rows_when_of_several_sources_and_a_truth_then_are_refused(desk, tmp_path):
+    rows = photo_rows("rpe", 2)
+    rows[1]["source"] = "rpe-refined"
+    options = {"protocol": "rpe-22", "truth": str(tmp_path)}
+    with pytest.raises(ValueError, match="expected rows of one source with `truth`, got rpe-refined, test"):
+        evaluate("rpe", settings(desk, tmp_path / "out", data=write(tmp_path / "rows", rows), **options))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("captions", {}, "expected pictures in all rows for captions by a model"),
+        ("text-to-pose", {"limit": 1}, "expected at least 2 items to retrieve among, got 1"),
+    ],
+)
+def test_retrieval_when_it_cannot_be_then_is_refused_before_the_model_is_asked(
+    desk, tmp_path, monkeypatch, task, options, message
+):
+    monkeypatch.setattr(answers, "load_trained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(task, settings(desk, tmp_path / "out", retrieval=str(desk / "retrieval"), **options))
+
+
+def test_device_when_there_are_several_processes_then_is_refused(desk, tmp_path):
+    with pytest.raises(ValueError, match="expected no device for 2 processes"):
+        evaluate("chat", settings(desk, tmp_path / "out", device="cpu"), SimpleNamespace(num_processes=2))

@@ -117,6 +117,19 @@ def test_the_best_of_a_row_is_bold(body):
     assert Page(make_report(RESULTS, [], body)).bold == ["61.25", "41.7", "0.1234"]
 
 
+def test_the_true_poses_figure_is_a_bound_and_never_the_best(body):
+    metrics = {"model": {"fid": 0.5}, "mean_pose": {"fid": 0.75}, "true_pose": {"fid": 0.0}}
+    assert Page(make_report({**RESULTS, "metrics": metrics}, [], body)).bold == ["0.5"]
+
+
+@pytest.mark.parametrize(("count", "is_open"), [(12, True), (13, False)])
+def test_charts_are_shut_where_there_are_many(body, count, is_open):
+    metrics = {"model": {f"metric{number}_mm": number + 1.0 for number in range(count)}}
+    page = make_report({**RESULTS, "metrics": metrics}, [], body)
+    assert ("<details open>" in page) == is_open
+    assert page.count('<section class="panel chart">') == count
+
+
 def test_equal_values_are_all_the_best_and_what_is_no_number_is_none(body):
     nan = float("nan")
     metrics = {

@@ -105,7 +105,7 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "of random poses, pools and intervals"})
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "pool_draws", "limit"):
+        for name in ("batch_size", "max_new_tokens", "pool_size", "pool_draws", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected `{name}` of at least 1, got {value}")
@@ -252,8 +252,9 @@ class _Evaluation:
     def _load_training(self) -> TrainingPoses | None:
         settings = self.settings
         name = settings.train_data or settings.data
+        revision = settings.data_revision if settings.train_data is None else None
         try:
-            rows = load_rows(name, settings.train_split, decode=False)
+            rows = load_rows(name, settings.train_split, decode=False, revision=revision)
         except (FileNotFoundError, ValueError):
             if settings.train_data is not None:
                 raise

@@ -53,19 +53,27 @@ class Judge(NamedTuple):
     pool_draws: int
     seed: int
 
-    def measure_recalls(self, texts: Tensor, poses: Tensor, figures: Figures) -> dict[str, Tensor]:
-        """Of vectors `(N, D)`, row by row of the same items: in percent, of every item, `(N,)` each."""
+    def measure_recalls(self, directions: dict[str, tuple[Tensor, Tensor]], figures: Figures) -> dict[str, Tensor]:
+        """
+        Args:
+            directions (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+                Name to queries and gallery, vectors `(N, D)`, row by row of the same items; two, or one.
+            figures ([`Figures`]): takes notes.
+
+        Returns:
+            `dict[str, torch.Tensor]` of shape `(N,)`: percent, of every item.
+        """
         values, means = {}, []
-        directions = {"t2p": (texts, poses), "p2t": (poses, texts)}
         for name, (queries, gallery) in directions.items():
             ranks = retrieval_ranks(queries, gallery)
             values |= {f"{name}_recall{k}_percent": recall_percent(ranks, k) for k in _RECALLS}
             means += [recall_percent(ranks, k) for k in _MEAN_RECALLS]
-        values["mrecall_percent"] = torch.stack(means).mean(0)
-        if self.pool_size > len(texts):
-            figures.note(f"Fewer than {self.pool_size} items: no pools.")
-            return values
+        if len(directions) == 2:
+            values["mrecall_percent"] = torch.stack(means).mean(0)
         for name, (queries, gallery) in directions.items():
+            if self.pool_size > len(gallery):
+                figures.note(f"Fewer than {self.pool_size} items: no pools.")
+                break
             ranks = pool_ranks(queries, gallery, self.pool_size, self.pool_draws, self.seed)
             values |= {
                 f"{name}_pool{self.pool_size}_recall{k}_percent": recall_percent(ranks, k).mean(0)
@@ -77,9 +85,9 @@ class Judge(NamedTuple):
     def describe(self, count: int) -> str:
         """What it measures among so many items, for results.json."""
         return (
-            f"Retrieval by {self.retrieval.name}. t2p: captions look for poses, p2t: poses for captions; recall at k: the "
-            f"true partner is among the first k of all {count} (full gallery), or of {self.pool_size}, itself and others "
-            f"drawn at random (pool; {self.pool_draws} draws; at 1, 2, 3 this is R-precision). Ties are in random order. "
+            f"Retrieval by {self.retrieval.name}. t2p: texts look for poses, p2t: poses for texts; recall at k: the true "
+            f"partner is among the first k of all {count} (full gallery), or of {self.pool_size}, itself and others drawn "
+            f"at random (pool; {self.pool_draws} draws; at 1, 2, 3 this is R-precision). Ties are in random order. "
             "mrecall: the mean of recall at 1, 5, 10 over the full gallery, both ways."
         )
 
@@ -172,7 +180,7 @@ def _measure_retrieval(
     for system, rotmats in {**predictions, "true_pose": truth}.items():
         # Where nobody knows a rotation, both sides have the same.
         features = judge.retrieval.embed_poses(rotmat_to_rotvec(torch.where(known, rotmats, truth)))
-        figures.add(system, judge.measure_recalls(texts, features, figures))
+        figures.add(system, judge.measure_recalls({"t2p": (texts, features), "p2t": (features, texts)}, figures))
         figures.add_number(system, "fid", frechet_distance(features, true_features))
         figures.add_number(system, "diversity", diversity(features, seed=judge.seed))
 
@@ -222,13 +230,13 @@ def measure_captions(
         if not indices:
             raise ValueError(f"expected captions of kind {system}, got none")
         figures.counts[f"texts of {system}"] = len(indices)
-        embedded = judge.retrieval.embed_texts([of_system[index] for index in indices])
-        recalls = judge.measure_recalls(embedded, features[indices], figures)
-        figures.add_means(system, recalls)
-        figures.of_items[system] = {
-            name: torch.full((len(rows),), math.nan).double().index_copy(0, torch.tensor(indices), of)
-            for name, of in recalls.items()
-        }
+        # Every text looks among all poses, whether they have such a text or not: kinds are comparable.
+        vectors = torch.zeros_like(features)
+        vectors[indices] = judge.retrieval.embed_texts([of_system[index] for index in indices])
+        recalls = judge.measure_recalls({"t2p": (vectors, features)}, figures)
+        figures.add_means(system, {name: of[indices] for name, of in recalls.items()})
+        is_absent = torch.tensor([text is None for text in of_system])
+        figures.of_items[system] = {name: of.masked_fill(is_absent, math.nan) for name, of in recalls.items()}
     return {f"text_{system}": of_system for system, of_system in texts.items()}
 
 
@@ -320,5 +328,6 @@ def _pick_chat_cases(questions: Questions, records: list[dict], wanted: list[str
 
 def _make_case(questions: Questions, rank: str, index: int, reply: str, figures: Figures) -> Case:
     item = questions.items[index]
-    of_item = {name: of[index].item() for name, of in figures.of_items["model"].items()}
+    # Not whether it is among the first so many: of one item that is yes or no, twenty times.
+    of_item = {name: of[index].item() for name, of in figures.of_items["model"].items() if "recall" not in name}
     return Case(rank, item.id, item.question, reply, questions.open_picture(index), {}, of_item)

@@ -103,7 +103,7 @@ class Questions:
         self.items: list[Item] = []
         left_out: dict[str, int] = {}
         for number, row in enumerate(rows.select_columns(["id", "task", "messages", "poses", "captions"])):
-            texts = [text for kind in kinds for text in caption_texts(row, [kind])]
+            texts = [text for kind in kinds for text in caption_texts(row, [kind]) if text.strip()]
             if not row["id"].startswith(id_prefix):
                 reason = "rows of other ids"
             elif row["task"] not in spec.row_tasks:

@@ -24,6 +24,7 @@ RANKS = ("best", "median", "worst", "unanswered")
 _UNITS = {"_mm": "mm", "_deg": "degrees", "_x100": "\u00d7 100", "_percent": "%"}
 _LOWER_IS_BETTER = ("_mm", "_deg", "_x100", "fid", "loss")
 _ACRONYMS = {"auc", "fid", "mpjpe", "mpjre", "mpvpe", "p2t", "pa", "pck", "pve", "t2p"}
+_BOUND = "true_pose"
 _FIRST = {"truth": 0, "model": 1}  # the others follow as they come
 _VIEWS = ("front", "side")
 _PICTURE_SIZE = 320  # pixels of the longer side
@@ -138,11 +139,12 @@ def _read_rows(metrics: dict[str, dict]) -> list[_Row]:
             for system, of_system in metrics.items()
         }
         values = {system: of for system, of in read.items() if of}
-        compared = [of.value for of in values.values() if math.isfinite(of.value)]
+        # The truth's own figure is a bound, not a competitor.
+        compared = [of.value for system, of in values.items() if system != _BOUND and math.isfinite(of.value)]
         direction, best = better(metric), set()
         if direction and len(compared) > 1:
             target = min(compared) if direction == "lower" else max(compared)
-            best = {system for system, of in values.items() if of.value == target}
+            best = {system for system, of in values.items() if system != _BOUND and of.value == target}
         rows.append(_Row(metric, direction, values, best, _make_bars(values)))
     return rows
 
