@@ -144,7 +144,7 @@ def test_collected_poses_and_owners():
     rows[4]["pose_mask"] = [[False] * 24]
     rows[5]["pose_mask"][0][0] = False
     known = [rows[0], rows[3], rows[6]]
-    training = collect_training_poses(Dataset.from_list(rows, features=FEATURES))
+    training = collect_training_poses(Dataset.from_list(rows, features=FEATURES), torch.zeros(0, 24, 3))
     assert training.captions == ["a0", "b0", "a6"]
     assert training.owners == [0, 0, 2]
     assert torch.equal(training.rotmats, rotvec_to_rotmat(torch.tensor([row["poses"][0] for row in known])))
@@ -152,9 +152,17 @@ def test_collected_poses_and_owners():
     assert training.mask.dtype == torch.bool
 
 
-def test_collected_poses_when_there_are_none_then_it_says_so():
-    with pytest.raises(ValueError, match="expected training rows with a pose for the baselines, got none"):
-        collect_training_poses(Dataset.from_list([make_row(0, 0), make_row(1, 2)], features=FEATURES))
+def test_collected_poses_when_they_are_evaluated_or_no_numbers_then_are_left_out():
+    rows = [make_row(number, 1) for number in range(4)]
+    rows[3]["poses"][0][5][1] = float("nan")
+    evaluated = torch.tensor([rows[1]["poses"][0]])
+    training = collect_training_poses(Dataset.from_list(rows, features=FEATURES), evaluated)
+    assert torch.equal(training.rotmats, rotvec_to_rotmat(torch.tensor([rows[n]["poses"][0] for n in (0, 2)])))
+
+
+def test_collected_poses_when_there_are_none_then_is_none():
+    rows = [make_row(0, 0), make_row(1, 2)]
+    assert collect_training_poses(Dataset.from_list(rows, features=FEATURES), torch.zeros(0, 24, 3)) is None
 
 
 # -- nearest by words --

@@ -44,7 +44,7 @@ from chatpose_hf.retrieval import Retrieval, RetrievalConfig, RetrievalModel
 from chatpose_hf.rotations import rotvec_to_rotmat
 
 
-COUNT = 9
+COUNT = 12
 SYSTEMS = ["model", "mean_pose", "random_pose", "nearest_caption", "rest_pose", "true_pose"]
 RECORD = ("results.json", "predictions.parquet", "report.html")
 
@@ -235,7 +235,7 @@ def test_spg_then_asks_by_the_situation(desk, tmp_path):
     assert column(tmp_path / "out", "question")[0].startswith("implicit ")
     assert column(tmp_path / "out", "question")[0].endswith(", can you give the SMPL pose of this person?")
     assert list(results["metrics"]) == ["model", "rest_pose"]
-    assert any("no split train" in note for note in results["notes"])
+    assert any("No baselines that know training poses" in note for note in results["notes"])
 
 
 def test_revision_when_on_the_hub_then_is_the_commit(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_revision_when_a_folder_then_follows_its_weights(tmp_path):
 
 def test_limit_then_rows_are_evenly_chosen(desk, tmp_path):
     results = evaluate("text-to-pose", settings(desk, tmp_path / "out", limit=3))
-    assert column(tmp_path / "out", "id") == ["row_0", "row_3", "row_6"]
+    assert column(tmp_path / "out", "id") == ["row_0", "row_4", "row_8"]
     assert results["counts"]["rows left out by the limit, evenly"] == COUNT - 3
 
 
@@ -351,6 +351,7 @@ def test_pose_estimation_then_shows_the_picture(desk, tmp_path):
 def test_rpe_then_figures_are_by_attribute_too(desk, tmp_path):
     rows = photo_rows("rpe")
     for number, row in enumerate(rows):
+        row["source"] = "rpe-refined"
         row["id"] = f"{('behavior', 'outfits')[number % 2]}/3DPW/imageFiles/walk_0{number}/image_00001.jpg/{number}"
     results = evaluate("rpe", settings(desk, tmp_path / "out", data=write(tmp_path / "rows", rows)))
     of_items = column(tmp_path / "out", "model.mpjpe_mm")
@@ -431,7 +432,8 @@ def test_readers_when_rpe_refined_then_feed_the_evaluation(desk, tmp_path):
     for item, (attribute, fitted) in enumerate(zip(("behavior", "pose"), np.array(joints), strict=True)):
         found = body.joints(torch.tensor(column(tmp_path / "out", "theta")[item])).numpy()[:22]
         mean = 1000 * np.linalg.norm(found - found[0] - (fitted[:22] - fitted[0]), axis=-1).mean()
-        assert results["metrics"]["model"][f"{attribute}_mpjpe_mm"]["value"] == pytest.approx(mean, rel=1e-4)
+        # One item says nothing about others: no interval.
+        assert results["metrics"]["model"][f"{attribute}_mpjpe_mm"] == pytest.approx(mean, rel=1e-4)
 
 
 # -- words --
@@ -480,12 +482,12 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
     data = write(tmp_path / "rows", rows)
     options = {"retrieval": str(desk / "retrieval"), "pool_size": 3, "force_pose": False}
     results = evaluate("captions", settings(desk, tmp_path / "out", data=data, **options))
-    assert list(results["metrics"]) == ["model", "human", "geometry"]
-    assert results["counts"]["texts of human"] == 6
-    assert results["counts"]["texts of geometry"] == 3
-    values = column(tmp_path / "out", "geometry.t2p_pool3_recall1_percent")
+    assert list(results["metrics"]) == ["model", "human_caption", "geometry_caption"]
+    assert results["counts"]["texts of human_caption"] == 6
+    assert results["counts"]["texts of geometry_caption"] == 3
+    values = column(tmp_path / "out", "geometry_caption.t2p_pool3_recall1_percent")
     assert [math.isnan(value) for value in values] == [True, False] * 3
-    mean = results["metrics"]["geometry"]["t2p_pool3_recall1_percent"]["value"]
+    mean = results["metrics"]["geometry_caption"]["t2p_pool3_recall1_percent"]["value"]
     assert np.nanmean(values) == pytest.approx(mean)
     # A text looks among all poses, of those without such a text too.
     retrieval = Retrieval.load(desk / "retrieval")
@@ -493,10 +495,10 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
     for number in (1, 3, 5):
         scores = retrieval.embed_texts([rows[number]["captions"][1]["text"]]) @ poses.T
         hit = (scores > scores[0, number] + 1e-6).sum().item() < 1
-        assert column(tmp_path / "out", "geometry.t2p_recall1_percent")[number] == pytest.approx(100.0 * hit)
+        assert column(tmp_path / "out", "geometry_caption.t2p_recall1_percent")[number] == pytest.approx(100.0 * hit)
     # Without a model the captions of the rows alone.
     results = evaluate("captions", settings(desk, tmp_path / "own", data=data, **{**options, "model": None}))
-    assert list(results["metrics"]) == ["human", "geometry"]
+    assert list(results["metrics"]) == ["human_caption", "geometry_caption"]
 
 
 # -- what is refused --
@@ -506,7 +508,7 @@ def test_captions_then_kinds_are_compared_by_the_poses_that_they_find(desk, tmp_
     ("task", "options", "message"),
     [
         ("juggling", {}, "expected a task of text-to-pose"),
-        ("rpe", {}, r"expected rows for rpe, found none \(10 rows of other tasks\): split val of"),
+        ("rpe", {}, r"expected rows for rpe, found none \(13 rows of other tasks\): split val of"),
         ("text-to-pose", {"model": None}, "expected a model for text-to-pose"),
         ("text-to-pose", {"protocol": "smpl-25"}, "expected a protocol of smpl-24"),
         ("text-to-pose", {"protocol": "rpe-22"}, "expected the data set's own folder as `truth` for rpe-22"),
@@ -696,6 +698,7 @@ def test_answers_then_come_in_the_order_of_the_rows_each_model_in_its_revision(d
         return {"text": f"{item.id} {model[-4:]}", "poses": [], "ce": 1.0, "tokens": 1}
 
     (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
     loaded = answer_by(monkeypatch, record)
     data = write(tmp_path / "rows", [make_row(0), make_long_chat(), make_chat(1), make_chat(2, turns=1)])
     options = {"before": str(tmp_path / "base"), "revision": "v2", "dtype": "float32", "batch_size": 2}
@@ -808,9 +811,13 @@ def test_retrieval_then_what_nobody_knows_is_the_same_on_both_sides(tmp_path):
     assert figures.metrics["model"]["fid"] == pytest.approx(0, abs=1e-6)
     assert figures.metrics["model"]["t2p_recall1_percent"].value == 100
     assert figures.metrics["model"]["mpjpe_mm"].value == pytest.approx(0, abs=1e-2)
+    # What nobody knows is unturned on both sides.
+    wrong[:, 22:], hidden = 0.0, thetas.clone()
+    hidden[:, 22:] = 0.0
     features = judge.retrieval.embed_poses(wrong)
-    true_features = judge.retrieval.embed_poses(thetas)
-    ranks = [retrieval_ranks(true_features, features), retrieval_ranks(features, true_features)]
+    true_features = judge.retrieval.embed_poses(hidden)
+    texts = judge.retrieval.embed_texts([])
+    ranks = [retrieval_ranks(texts, features), retrieval_ranks(features, texts)]
     recalls = [recall_percent(of, 1).tolist() for of in ranks]
     assert [figures.of_items["wrong"][f"{name}_recall1_percent"].tolist() for name in ("t2p", "p2t")] == recalls
     assert recalls[0] != recalls[1]
@@ -872,7 +879,9 @@ def test_answers_then_the_first_pose_counts_and_cases_are_the_best_the_median_an
 
 
 def test_baselines_then_follow_the_seed_and_the_order_of_the_questions(tmp_path, monkeypatch):
-    training = collect_training_poses(load_rows(write(tmp_path / "rows", [make_row(n) for n in range(30)]), "val"))
+    training = collect_training_poses(
+        load_rows(write(tmp_path / "rows", [make_row(n) for n in range(30)]), "val"), torch.zeros(0, 24, 3)
+    )
     captions = [make_row(n)["captions"][0]["text"] for n in (4, 2, 9)]
     named = []
 
@@ -904,14 +913,15 @@ def test_captions_then_each_text_is_measured_by_its_own_pose(tmp_path):
     figures = Figures(0)
     columns = measure_captions(questions, records, None, judge, figures)
     values = {system: of["t2p_recall1_percent"].tolist() for system, of in figures.of_items.items()}
-    assert values["human"] == [100.0] * 6
-    assert [value if value == value else None for value in values["geometry"]] == [None, 100.0] * 3
+    assert values["human_caption"] == [100.0] * 6
+    assert "mrecall_percent" not in figures.metrics["human_caption"], "which is of both ways"
+    assert [value if value == value else None for value in values["geometry_caption"]] == [None, 100.0] * 3
     assert values["model"] == [0.0] * 6, "it described others"
     assert columns["text_model"][0] == "I see 5"
-    assert figures.counts == {"texts of model": 6, "texts of human": 6, "texts of geometry": 3}
+    assert figures.counts == {"texts of model": 6, "texts of human_caption": 6, "texts of geometry_caption": 3}
     figures = Figures(0)
     measure_captions(questions, None, "geometry", judge, figures)
-    assert list(figures.metrics) == ["geometry"]
+    assert list(figures.metrics) == ["geometry_caption"]
 
 
 def test_chat_figures_then_long_conversations_weigh_more(tmp_path):
@@ -1021,3 +1031,143 @@ def test_training_rows_when_they_were_named_and_are_not_there_then_are_refused(d
 def test_device_when_there_are_several_processes_then_is_refused(desk, tmp_path):
     with pytest.raises(ValueError, match="expected no device for 2 processes"):
         evaluate("chat", settings(desk, tmp_path / "out", device="cpu"), SimpleNamespace(num_processes=2))
+
+
+# -- what a review found --
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_baselines_then_do_not_know_the_rows_that_are_evaluated(desk, tmp_path, monkeypatch, is_file):
+    """A Parquet file is taken whatever the split; and `--split train` is the split that baselines know."""
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": []})
+    data = write(tmp_path / "rows", [make_row(n) for n in range(5)], "train")
+    results = evaluate(
+        "text-to-pose",
+        settings(desk, tmp_path / "out", data=data / "train" / "part.parquet" if is_file else data, split="train"),
+    )
+    assert "nearest_caption" not in results["metrics"]
+
+
+def test_caption_kind_when_the_task_asks_by_none_then_is_refused(tmp_path):
+    """A baseline would be told what the model is not."""
+    rows = [make_row(n, "pose_estimation", picture=True) for n in range(3)]
+    with pytest.raises(ValueError, match="expected no caption kind for pose-estimation"):
+        ask(tmp_path / "rows", rows, "pose-estimation", caption_kind="human")
+
+
+def test_results_then_say_which_rows_and_captions_were_asked_about(desk, tmp_path, monkeypatch):
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": []})
+    options = {"caption_kind": "geometry", "id_prefix": "row_"}
+    results = evaluate("text-to-pose", settings(desk, tmp_path / "out", **options))
+    assert options.items() <= results["settings"].items()
+
+
+def test_exact_match_when_the_answer_is_the_letter_a_then_is_not_silence():
+    assert normalise_answer("A") != normalise_answer("")
+
+
+def test_question_when_a_placeholder_is_left_then_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="phrase"):
+        ask(tmp_path / "rows", [make_row(0)], "text-to-pose", template="Show {phrase}, please")
+
+
+def test_question_when_for_a_chat_then_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="question"):
+        ask(tmp_path / "rows", [make_row(0, "vqa")], "chat", template="Hello?")
+
+
+def test_loss_when_every_token_costs_the_same_then_its_interval_is_empty(tmp_path):
+    questions = ask(tmp_path / "rows", [make_chat(n, turns=1, picture=False) for n in range(20)], "chat")
+    records = [{"text": "", "poses": [], "ce": 2.0 * size, "tokens": size} for size in [1, 100] * 10]
+    figures = Figures(0)
+    measure_chat(questions, {"model": records}, figures)
+    loss = figures.metrics["model"]["loss"]
+    assert (loss.low, loss.high) == (pytest.approx(2), pytest.approx(2))
+
+
+def test_exact_match_then_its_interval_is_over_conversations(tmp_path):
+    """Turns of one conversation are not independent."""
+    questions = ask(tmp_path / "rows", [make_chat(n, turns=10, picture=False) for n in range(8)], "chat")
+    records = [
+        {"text": "person" if item.row % 2 else "", "poses": [], "ce": 1.0, "tokens": 1} for item in questions.items
+    ]
+    name, units = questions.find_units()
+    assert name == "conversations"
+    figures = Figures(0, units)
+    measure_chat(questions, {"model": records}, figures)
+    found = figures.metrics["model"]["exact_match_percent"]
+    of_conversations = bootstrap(torch.tensor([0.0, 100.0] * 4))
+    assert found.high - found.low == pytest.approx(of_conversations.high - of_conversations.low, rel=0.2)
+
+
+def test_captions_when_nobody_knows_the_pose_then_are_left_out(tmp_path):
+    rows = [make_row(0), {**make_row(1), "pose_mask": [[False] * 24]}]
+    assert len(ask(tmp_path / "rows", rows, "captions").items) == 1
+
+
+def test_captions_when_of_a_kind_model_then_are_not_the_models(tmp_path):
+    questions, thetas, _ = make_desk_of_poses(tmp_path, [make_row(n, kinds=("model",)) for n in range(3)], "captions")
+    figures = Figures(0)
+    measure_captions(questions, [{"text": "x"}] * 3, None, Judge(FlatRetrieval(thetas), 9, 1, 0), figures)
+    assert list(figures.metrics) == ["model", "model_caption"]
+
+
+def test_picture_when_damaged_then_the_row_is_named(tmp_path):
+    row = photo_rows("pose_estimation", 1)[0]
+    questions = ask(tmp_path / "rows", [{**row, "images": [{"bytes": b"no", "path": None}]}], "pose-estimation")
+    with pytest.raises(ValueError, match="row_0"):
+        questions.make_chats([0])
+
+
+def test_training_rows_when_nobody_knows_their_poses_then_there_is_a_note(desk, tmp_path, monkeypatch):
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": []})
+    unknown = {**make_row(9), "pose_mask": [[False] * 24]}
+    data = write(write(tmp_path / "rows", [make_row(n) for n in range(3)]), [unknown], "train")
+    results = evaluate("text-to-pose", settings(desk, tmp_path / "out", data=data))
+    assert list(results["metrics"]) == ["model", "rest_pose"]
+
+
+def test_revision_when_the_weights_are_no_safetensors_then_follows_them_too(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    first = answers.find_revision(str(tmp_path), None)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert answers.find_revision(str(tmp_path), None) != first
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("pose-estimation", {"retrieval": "nowhere"}),
+        ("chat", {"protocol": "nonsense"}),
+        ("chat", {"truth": "nowhere"}),
+        ("chat", {"train_data": "nowhere"}),
+    ],
+)
+def test_settings_when_the_task_does_not_look_at_them_then_are_refused(desk, tmp_path, monkeypatch, task, options):
+    answer_by(monkeypatch, lambda model, item: {"text": "", "poses": [], "ce": 1.0, "tokens": 1})
+    rows = photo_rows("pose_estimation", 2) if task != "chat" else [make_chat(0)]
+    with pytest.raises((ValueError, OSError), match=next(iter(options))):
+        evaluate(task, settings(desk, tmp_path / "out", data=write(tmp_path / "rows", rows), **options))
+
+
+def test_answer_when_not_finite_then_the_item_is_named_at_once(tmp_path):
+    class Pipe:
+        def forward(self, inputs, **kwargs):
+            return {"reply": [{"text": "", "poses": [{"theta": torch.full((72,), math.nan)}]} for _ in inputs["chat"]]}
+
+    questions = ask(tmp_path / "rows", [make_row(0)], "text-to-pose")
+    with pytest.raises(ValueError, match=r"pose of 'row_0', got NaN .* float32"):
+        answers._answer(Pipe(), questions, [0], answers.Generation(1, 4, True, "float16"))
+
+
+def test_chat_when_rows_hold_poses_then_they_are_left_out(tmp_path):
+    questions = ask(tmp_path / "rows", [make_row(0, "vqa", ()), make_chat(1)], "chat")
+    assert {item.row for item in questions.items} == {1}
+    assert questions.counts["rows with poses"] == 1
+
+
+def test_units_when_several_descriptions_are_of_one_picture_then_they_are_drawn_together(tmp_path):
+    rows = photo_rows("rpe", 3)
+    rows.append({**rows[1], "id": "another description"})
+    name, units = ask(tmp_path / "rows", rows, "rpe").find_units()
+    assert (name, units.tolist()) == ("pictures", [0, 1, 2, 1])

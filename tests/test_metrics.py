@@ -740,6 +740,40 @@ def test_bootstrap_of_a_constant_has_no_width():
     assert bootstrap(torch.tensor([2])) == (2, 2, 2)
 
 
+def test_bootstrap_of_groups_draws_them_whole():
+    """Ten copies of each item say no more than one."""
+    values = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups = torch.arange(30).repeat_interleave(10) + 7
+    once, copied = bootstrap(values), bootstrap(values.repeat_interleave(10), groups=groups)
+    assert copied == pytest.approx(once, rel=1e-12)
+    alone = bootstrap(values.repeat_interleave(10))
+    assert alone.high - alone.low < 0.5 * (once.high - once.low)
+
+
+def test_bootstrap_with_weights_is_of_the_ratio_of_sums():
+    """A naive twin: each draw's numerator over its denominator."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(50, generator=generator, dtype=torch.float64)
+    weights = 1 + 99 * torch.rand(50, generator=generator, dtype=torch.float64)
+    estimate = bootstrap(values, weights=weights)
+    assert estimate.value == pytest.approx((values * weights).sum().item() / weights.sum().item(), rel=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(50, (1000, 50), generator=generator).tolist()
+    ratios = [
+        sum((values[i] * weights[i]).item() for i in draw) / sum(weights[i].item() for i in draw) for draw in drawn
+    ]
+    assert (estimate.low, estimate.high) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), rel=1e-9)
+    assert bootstrap(torch.full((50,), 2.0), weights=weights) == pytest.approx((2, 2, 2), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights": torch.ones(2)}, {"weights": torch.zeros(3)}, {"groups": torch.ones(2)}]
+)
+def test_bootstrap_when_weights_or_groups_do_not_fit_then_is_refused(options):
+    with pytest.raises(ValueError, match=f"expected .*{next(iter(options))[:-1]}"):
+        bootstrap(torch.ones(3), **options)
+
+
 def test_bootstrap_changes_with_the_seed_alone():
     values = torch.rand(40, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)

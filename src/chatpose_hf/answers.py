@@ -1,6 +1,7 @@
 """A model's answers to an evaluation's questions, in batches, on one process or several, kept as they come."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
+from peft import PeftConfig
 from transformers.utils import find_adapter_config_file
 
 from . import ChatPosePipeline
@@ -16,6 +18,18 @@ from .batch_log import map_batches
 from .card import public_name
 from .collator import ChatPoseCollator
 from .questions import Questions
+
+
+_WEIGHTS = (".safetensors", ".bin")
+_SETTINGS = (
+    "adapter_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,11 @@ def ask_model(
         if pipe is None:
             loaded, processor = load_trained(model, revision, dtype=generation.dtype)
             pipe = ChatPosePipeline(model=loaded, processor=processor, device=device)
-        return _answer(pipe, questions, indices, generation)
+        try:
+            return _answer(pipe, questions, indices, generation)
+        except ValueError as error:
+            ids = ", ".join(questions.items[index].id for index in indices)
+            raise ValueError(f"{error} (among the answers about {ids:.500})") from error
 
     settings = {}
     if state.is_main_process:
@@ -92,6 +110,12 @@ def _answer(
     records = [
         {"text": reply["text"], "poses": [pose["theta"].tolist() for pose in reply["poses"]]} for reply in replies
     ]
+    for index, record in zip(indices, records, strict=True):
+        if not all(math.isfinite(number) for pose in record["poses"] for number in pose):
+            raise ValueError(
+                f"expected finite numbers as the pose of {questions.items[index].id!r}, got NaN or infinity from the model; "
+                "another dtype, such as float32, may help"
+            )
     if questions.task == "chat":
         first = [place for place, index in enumerate(indices) if questions.items[index].turn == 0]
         rows = questions.load_rows([indices[place] for place in first])
@@ -112,13 +136,25 @@ def _score_answers(pipe: ChatPosePipeline, row: dict) -> dict[str, float | int]:
 
 
 def find_revision(model: str, revision: str | None) -> str:
-    """The commit on the Hub, or of a folder the digest of its weights."""
+    """
+    The commit on the Hub, or of a folder the digest of what answers depend on; of an adapter also that of its base.
+
+    Raises:
+        ValueError: for a folder without weights.
+    """
     folder = Path(model)
     if not folder.is_dir():
         name = "adapter_config.json" if find_adapter_config_file(model, revision=revision) else "config.json"
         return Path(hf_hub_download(model, name, revision=revision)).parent.name
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS or path.name in _SETTINGS]
+    if not any(path.suffix in _WEIGHTS for path in files):
+        raise ValueError(f"expected weights ({', '.join(_WEIGHTS)}) in {folder}, found none")
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    own = f"sha256:{digest.hexdigest()[:16]}"
+    if not (folder / "adapter_config.json").is_file():
+        return own
+    config = PeftConfig.from_pretrained(model)
+    return f"{own} on {find_revision(config.base_model_name_or_path, config.revision)}"

@@ -35,27 +35,32 @@ class TrainingPoses(NamedTuple):
     owners: list[int]
 
 
-def collect_training_poses(rows: Dataset) -> TrainingPoses:
+def collect_training_poses(rows: Dataset, evaluated: Tensor) -> TrainingPoses | None:
     """
     The poses of rows that hold one each, with their captions.
 
     Args:
         rows (`Dataset`): as from [`load_rows`].
+        evaluated (`torch.Tensor` of shape `(N, 24, 3)`): axis-angle; what must not be known. Such poses are left out.
 
-    Raises:
-        ValueError: where there are none.
+    Returns:
+        [`TrainingPoses`], or None where none is left.
     """
     poses, masks, captions, owners = [], [], [], []
+    hidden = {pose.numpy().tobytes() for pose in evaluated}
     for row in rows.select_columns(["poses", "pose_mask", "captions"]):
         # One whose global orientation nobody knows is no pose to answer with.
-        if len(row["poses"]) == 1 and row["pose_mask"][0][0]:
+        if len(row["poses"]) != 1 or not row["pose_mask"][0][0]:
+            continue
+        pose = torch.tensor(row["poses"][0])
+        if pose.isfinite().all() and pose.numpy().tobytes() not in hidden:
             captions += [caption["text"] for caption in row["captions"]]
             owners += [len(poses)] * len(row["captions"])
-            poses.append(row["poses"][0])
+            poses.append(pose)
             masks.append(row["pose_mask"][0])
     if not poses:
-        raise ValueError("expected training rows with a pose for the baselines, got none")
-    return TrainingPoses(rotvec_to_rotmat(torch.tensor(poses)), torch.tensor(masks), captions, owners)
+        return None
+    return TrainingPoses(rotvec_to_rotmat(torch.stack(poses)), torch.tensor(masks), captions, owners)
 
 
 def make_mean_pose(training: TrainingPoses) -> Tensor:

@@ -1,5 +1,6 @@
 """`chatpose eval`: a model's answers on rows, measured beside baselines; results, predictions and a report."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,6 +182,22 @@ def _find_processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+_ASKED_BY_TEXT = ("text-to-pose", "spg")
+_ASKED_FOR_POSES = (*_ASKED_BY_TEXT, "pose-estimation", "rpe")
+# Settings that other tasks do not look at.
+_ONLY_FOR = {
+    **dict.fromkeys(("protocol", "body", "regressor", "truth", "train_data"), _ASKED_FOR_POSES),
+    "sentence_encoder": (*_ASKED_BY_TEXT, "rpe"),
+    "retrieval": (*_ASKED_BY_TEXT, "captions"),
+    "before": ("chat",),
+    "question": (*_ASKED_FOR_POSES, "captions"),
+}
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(EvaluationArguments)}
+# What the results do not depend on.
+_NOT_STATED = ("output", "device", "data", "split", "model", "revision", "seed")
+_PATHS = ("train_data", "retrieval", "sentence_encoder", "body", "regressor", "truth", "before")
+
+
 class _Evaluation:
     """One run: questions first, then answers, then measures."""
 
@@ -188,15 +205,16 @@ class _Evaluation:
         self.task, self.settings, self.state = task, settings, state
         self.output = Path(settings.output)
         self.device = torch.device(settings.device) if settings.device else state.device
-        self.figures = Figures(settings.seed)
         with state.main_process_first():  # `datasets` builds its cache once
             rows = load_rows(settings.data, settings.split, decode=False, revision=settings.data_revision)
         try:
-            self.questions = Questions(
-                rows, task, settings.caption_kind, settings.question, settings.id_prefix, settings.limit
-            )
+            # Captions of one kind look among the poses of all.
+            kind = None if task == "captions" else settings.caption_kind
+            self.questions = Questions(rows, task, kind, settings.question, settings.id_prefix, settings.limit)
         except ValueError as error:
             raise ValueError(f"{error}: split {settings.split} of {settings.data}") from error
+        self.units, numbers = self.questions.find_units()
+        self.figures = Figures(settings.seed, numbers)
         self.figures.counts |= self.questions.counts
         self._check_settings()
 
@@ -211,8 +229,11 @@ class _Evaluation:
             raise ValueError(
                 "expected a retrieval model for captions, which says how well texts and poses fit; name one"
             )
-        if settings.before is not None and task != "chat":
-            raise ValueError(f"expected `before` for chat alone, got {settings.before!r} for {task}")
+        for name, tasks in _ONLY_FOR.items():
+            if getattr(settings, name) != _DEFAULTS[name] and task not in tasks:
+                raise ValueError(
+                    f"expected `{name}` for {', '.join(tasks)} alone, got {getattr(settings, name)!r} for {task}"
+                )
         self.ruler = None
         if task not in ("chat", "captions"):
             self.ruler = PoseRuler(settings.protocol, settings.body, settings.regressor)
@@ -225,7 +246,7 @@ class _Evaluation:
             self.targets = self._load_targets()
             self.ruler.check(self.targets)
         self.judge = None
-        if self.state.is_main_process and task not in ("chat", "pose-estimation", "rpe"):
+        if self.state.is_main_process and task in _ONLY_FOR["retrieval"]:
             if settings.retrieval is None:
                 self.figures.note("No retrieval model was named: no recall and no FID.")
             else:
@@ -248,23 +269,30 @@ class _Evaluation:
             truths = source.truths([item.id for item in self.questions.items])
         poses = torch.tensor(np.array(rows["poses"], dtype=np.float32)).view(-1, NUM_JOINTS, 3)
         mask = torch.tensor(np.array(rows["pose_mask"], dtype=bool)).view(-1, NUM_JOINTS)
+        self.rotvecs = poses
         return Targets(rotvec_to_rotmat(poses), mask, truths)
 
     def _load_training(self) -> TrainingPoses | None:
         settings = self.settings
         name = settings.train_data or settings.data
         revision = settings.data_revision if settings.train_data is None else None
+        training = None
         try:
             rows = load_rows(name, settings.train_split, decode=False, revision=revision)
-        except (FileNotFoundError, ValueError):
-            if settings.train_data is not None:
+            training = collect_training_poses(rows, self.rotvecs)
+        except (FileNotFoundError, ValueError) as error:
+            # Nobody named it: that it is not there is no fault. The Hub's missing splits are a ValueError.
+            is_absent = isinstance(error, FileNotFoundError) or not Path(name).exists()
+            if settings.train_data is not None or not is_absent:
                 raise
-            self.figures.note(
-                f"No baselines that know training poses: {public_name(name)} has no split {settings.train_split}."
-            )
-            return None
-        training = collect_training_poses(rows)
-        self.figures.counts |= {"training poses": len(training.rotmats), "training captions": len(training.captions)}
+        where = f"split {settings.train_split} of {public_name(name)}"
+        if training is not None:
+            counts = {"training poses": len(training.rotmats), "training captions": len(training.captions)}
+            self.figures.counts |= counts
+        elif settings.train_data is None:
+            self.figures.note(f"No baselines that know training poses: {where} has none but those that are evaluated.")
+        else:
+            raise ValueError(f"expected training poses other than those that are evaluated in {where}, found none")
         return training
 
     def run(self) -> dict | None:
@@ -317,21 +345,11 @@ class _Evaluation:
             "versions": {name: version(name) for name in ("chatpose_hf", "transformers", "torch")},
             "seed": settings.seed,
             "counts": self.figures.counts,
-            "settings": {
-                "question": self.questions.template,
-                "batch_size": settings.batch_size,
-                "max_new_tokens": settings.max_new_tokens,
-                "force_pose": settings.force_pose,
-                "dtype": settings.dtype,
-                "train_data": public_name(settings.train_data or settings.data) if self.training else None,
-                "sentence_encoder": public_name(settings.sentence_encoder) if settings.sentence_encoder else None,
-                "retrieval": self.judge.retrieval.name if self.judge else None,
-                "before": public_name(settings.before) if settings.before else None,
-                "questions": self.questions.digest,
-            },
+            "settings": self._state_settings(),
             "notes": self.figures.notes,
             "metrics": self.figures.as_results(),
         }
+        (self.output / RESULTS_FILE).unlink(missing_ok=True)
         with atomic_file(self.output / PREDICTIONS_FILE) as temporary:
             pq.write_table(pa.table(table), temporary, compression="zstd")
         write_atomically(self.output / REPORT_FILE, make_report(results, cases, body).encode())
@@ -339,6 +357,16 @@ class _Evaluation:
         content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(self.output / RESULTS_FILE, content.encode())
         return results
+
+    def _state_settings(self) -> dict[str, object]:
+        """What the results depend on beside what stands elsewhere; of folders only their names."""
+        given = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _NOT_STATED}
+        given |= {name: public_name(given[name]) for name in _PATHS if given[name] is not None}
+        given["question"] = self.questions.template
+        given["questions"] = self.questions.digest
+        if self.settings.before is not None:
+            given["before_revision"] = find_revision(self.settings.before, None)
+        return {name: value for name, value in given.items() if value not in (None, "")}
 
     def _describe(self) -> str:
         """What was measured, in sentences."""
@@ -352,15 +380,15 @@ class _Evaluation:
         if self.task == "rpe":
             sentences.append("Figures without an attribute are over all items.")
         if self.judge:
-            sentences.append(self.judge.describe(len(self.questions.items)))
+            sentences.append(self.judge.describe(len(self.questions.items), both_ways=self.ruler is not None))
             if self.ruler:
                 sentences.append("FID: between that model's features of the answers' poses and of the true ones.")
         if self.task == "chat":
             sentences.append(
                 "Every turn is asked after the true conversation before it. Exact match: lower case, without "
-                "punctuation, articles and extra spaces. Loss: cross-entropy of the true answers, the mean over tokens. "
+                "punctuation, articles and extra spaces, where something else is left. Loss: cross-entropy of the true answers, the mean over tokens. "
                 "Pose answers: those with a pose, which nobody asked for."
             )
         if self.settings.model:
             sentences.append("Greedy decoding.")
-        return " ".join([*sentences, "Intervals: 95 %, bootstrap over items."])
+        return " ".join([*sentences, f"Intervals: 95 %, bootstrap over {self.units}, as if independent."])

@@ -1,5 +1,6 @@
 """The figures of an evaluation as they come in: of systems by metric, for every item and over all."""
 
+import torch
 from torch import Tensor
 
 from .metrics import Estimate, bootstrap
@@ -11,6 +12,8 @@ class Figures:
 
     Args:
         seed (`int`): of the intervals.
+        units (`torch.Tensor` of shape `(N,)`, *optional*):
+            What the items belong to, by number: conversations, pictures. Intervals are over these; over items by default.
 
     Attributes:
         metrics (`dict[str, dict[str, Estimate | float]]`): system to metric to its value over all items.
@@ -18,8 +21,9 @@ class Figures:
         counts (`dict[str, int]`), notes (`list[str]`): what else a reader has to know.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, units: Tensor | None = None):
         self._seed = seed
+        self._units = units
         self.metrics: dict[str, dict[str, Estimate | float]] = {}
         self.of_items: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[str, int] = {}
@@ -30,10 +34,18 @@ class Figures:
         self.of_items.setdefault(system, {}).update(values)
         self.add_means(system, values)
 
-    def add_means(self, system: str, values: dict[str, Tensor]) -> None:
-        """Metrics of something else than every item, which are kept as their mean alone."""
-        means = {name: bootstrap(of, seed=self._seed) for name, of in values.items()}
-        self.metrics.setdefault(system, {}).update(means)
+    def add_means(
+        self, system: str, values: dict[str, Tensor], items: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
+        """The mean alone, of some `items` `(M,)`, weighted or not."""
+        for name, of in values.items():
+            groups = torch.arange(len(of)) if self._units is None else self._units
+            if items is not None:
+                of, groups = of[items], groups[items]
+            estimate = bootstrap(of, seed=self._seed, weights=weights, groups=groups)
+            # One unit says nothing about others.
+            is_alone = len(groups.unique()) == 1
+            self.metrics.setdefault(system, {})[name] = estimate.value if is_alone else estimate
 
     def add_number(self, system: str, name: str, value: float) -> None:
         """A metric of all items together, without an interval."""

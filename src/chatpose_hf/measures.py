@@ -65,9 +65,9 @@ class Judge(NamedTuple):
         values, means = {}, []
         for name, (queries, gallery) in directions.items():
             ranks = retrieval_ranks(queries, gallery)
-            values |= {f"{name}_recall{k}_percent": recall_percent(ranks, k) for k in _RECALLS}
+            values |= {f"{name}_recall{k}_percent": recall_percent(ranks, k) for k in _RECALLS if k < len(gallery)}
             means += [recall_percent(ranks, k) for k in _MEAN_RECALLS]
-        if len(directions) == 2:
+        if len(directions) == 2 and max(_MEAN_RECALLS) < len(gallery):
             values["mrecall_percent"] = torch.stack(means).mean(0)
         for name, (queries, gallery) in directions.items():
             if self.pool_size > len(gallery):
@@ -81,13 +81,14 @@ class Judge(NamedTuple):
             }
         return values
 
-    def describe(self, count: int) -> str:
+    def describe(self, count: int, both_ways: bool) -> str:
         """What it measures among so many items, for results.json."""
+        directions = "t2p: texts look for poses, p2t: poses for texts" if both_ways else "t2p: texts look for poses"
+        mean = " mrecall: the mean of recall at 1, 5, 10 over the full gallery, both ways." if both_ways else ""
         return (
-            f"Retrieval by {self.retrieval.name}. t2p: texts look for poses, p2t: poses for texts; recall at k: the true "
-            f"partner is among the first k of all {count} (full gallery), or of {self.pool_size}, itself and others drawn "
-            f"at random (pool; {self.pool_draws} draws; at 1, 2, 3 this is R-precision). Ties are in random order. "
-            "mrecall: the mean of recall at 1, 5, 10 over the full gallery, both ways."
+            f"Retrieval by {self.retrieval.name}. {directions}; recall at k: the true partner is among the first k of all "
+            f"{count} (full gallery), or of {self.pool_size}, itself and others drawn at random (pool; {self.pool_draws} "
+            f"draws; at 1, 2, 3 this is R-precision). Ties are in random order.{mean}"
         )
 
 
@@ -156,7 +157,7 @@ def measure_poses(
     for system, rotmats in predictions.items():
         figures.add(system, ruler.measure(rotmats, targets))
     if questions.task == "rpe":
-        _add_groups([_attribute(item.id) for item in questions.items], figures)
+        _add_groups(_attributes(questions), figures)
     columns = {
         "num_poses": [len(record["poses"]) for record in records],
         "theta": [record["poses"][0] if record["poses"] else None for record in records],
@@ -169,29 +170,35 @@ def _measure_retrieval(
     questions: Questions, predictions: dict[str, Tensor], targets: Targets, judge: Judge, figures: Figures
 ) -> None:
     texts = judge.retrieval.embed_texts([item.caption for item in questions.items])
-    truth, known = targets.rotmats, targets.mask[..., None, None]
-    true_features = judge.retrieval.embed_poses(rotmat_to_rotvec(truth))
-    for system, rotmats in {**predictions, "true_pose": truth}.items():
-        # Where nobody knows a rotation, both sides have the same.
-        features = judge.retrieval.embed_poses(rotmat_to_rotvec(torch.where(known, rotmats, truth)))
-        figures.add(system, judge.measure_recalls({"t2p": (texts, features), "p2t": (features, texts)}, figures))
-        figures.add_number(system, "fid", frechet_distance(features, true_features))
-        figures.add_number(system, "diversity", diversity(features, seed=judge.seed))
+    known = targets.mask[..., None, None]
+    features = {
+        # What nobody knows is unturned on both sides.
+        system: judge.retrieval.embed_poses(rotmat_to_rotvec(torch.where(known, rotmats, torch.eye(3))))
+        for system, rotmats in {**predictions, "true_pose": targets.rotmats}.items()
+    }
+    for system, of_system in features.items():
+        figures.add(system, judge.measure_recalls({"t2p": (texts, of_system), "p2t": (of_system, texts)}, figures))
+        figures.add_number(system, "fid", frechet_distance(of_system, features["true_pose"]))
+        figures.add_number(system, "diversity", diversity(of_system, seed=judge.seed))
 
 
 def _add_groups(groups: Sequence[str], figures: Figures) -> None:
     """Every metric once more for each group of items, under its name."""
     for group in dict.fromkeys(groups):
-        chosen = torch.tensor([other == group for other in groups])
-        figures.counts[f"items of {group}"] = int(chosen.sum())
+        chosen = torch.tensor([number for number, other in enumerate(groups) if other == group])
+        figures.counts[f"items of {group}"] = len(chosen)
         for system, values in figures.of_items.items():
-            figures.add_means(system, {f"{group}_{name}": of[chosen] for name, of in values.items()})
+            figures.add_means(system, {f"{group}_{name}": of for name, of in values.items()}, items=chosen)
 
 
-def _attribute(id: str) -> str:
-    """Of an RPE row: RPE-Refined's ids begin with it, ours end with it."""
-    first, last = id.split("/")[0], id.split("/")[-1]
-    return first if first in ATTRIBUTES else last if last in ATTRIBUTES else "other"
+def _attributes(questions: Questions) -> list[str]:
+    """Of RPE's rows: RPE-Refined's ids begin with it, ours end with it."""
+    found = []
+    for row in questions.select_rows(["id", "source"]):
+        parts = row["id"].split("/")
+        part = parts[0] if row["source"] == "rpe-refined" else parts[-1]
+        found.append(part if part in ATTRIBUTES else "other")
+    return found
 
 
 def measure_captions(
@@ -218,17 +225,17 @@ def measure_captions(
         texts["model"] = [record["text"] for record in records]
     kinds = dict.fromkeys(caption["kind"] for row in rows for caption in row["captions"])
     for kind in kinds if caption_kind is None else [caption_kind]:
-        texts[kind] = [next(iter(caption_texts(row, [kind])), None) for row in rows]
+        texts[f"{kind}_caption"] = [next(iter(caption_texts(row, [kind])), None) for row in rows]
     for system, of_system in texts.items():
         indices = [index for index, text in enumerate(of_system) if text is not None]
         if not indices:
-            raise ValueError(f"expected captions of kind {system}, got none")
+            raise ValueError(f"expected a {system}, got none in {len(rows)} rows")
         figures.counts[f"texts of {system}"] = len(indices)
         # Every text looks among all poses, whether they have such a text or not: kinds are comparable.
         vectors = torch.zeros_like(features)
         vectors[indices] = judge.retrieval.embed_texts([of_system[index] for index in indices])
         recalls = judge.measure_recalls({"t2p": (vectors, features)}, figures)
-        figures.add_means(system, {name: of[indices] for name, of in recalls.items()})
+        figures.add_means(system, recalls, items=torch.tensor(indices))
         is_absent = torch.tensor([text is None for text in of_system])
         figures.of_items[system] = {name: of.masked_fill(is_absent, math.nan) for name, of in recalls.items()}
     return {f"text_{system}": of_system for system, of_system in texts.items()}
@@ -261,10 +268,11 @@ def measure_chat(
                 "pose_answer_percent": torch.tensor([100.0 * bool(record["poses"]) for record in records]).double(),
             },
         )
-        sums = [(record["ce"], record["tokens"]) for record in records if record.get("tokens")]
-        losses, tokens = torch.tensor(sums, dtype=torch.float64).T
-        # Each conversation's share of the mean over tokens.
-        figures.add_means(system, {"loss": losses * len(losses) / tokens.sum()})
+        # The first turn has the conversation's sums: the mean over tokens weighs it by its own.
+        tokens = torch.tensor([record.get("tokens", 0) for record in records], dtype=torch.float64)
+        losses = torch.tensor([record.get("ce", 0.0) for record in records], dtype=torch.float64) / tokens
+        scored = tokens.nonzero()[:, 0]
+        figures.add_means(system, {"loss": losses}, items=scored, weights=tokens[scored])
     columns = {"answer": wanted}
     if "before" in answers:
         columns["reply_before"] = [record["text"] for record in answers["before"]]
@@ -272,9 +280,13 @@ def measure_chat(
 
 
 def normalise_answer(text: str) -> str:
-    """As answers to questions about pictures are compared: lower case, without punctuation, articles, extra spaces."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """
+    As answers to questions about pictures are compared: lower case, without punctuation, articles and extra spaces; of an
+    answer that is nothing else, such as the letter of a choice, what is there.
+    """
+    lower = " ".join(text.lower().split())
+    words = lower.translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split()) or words.strip() or lower
 
 
 def _pick_pose_cases(

@@ -49,29 +49,45 @@ class Ranks(NamedTuple):
     ties: Tensor
 
 
-def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of `values` and its 95% percentile bootstrap interval, by resampling items with replacement.
+def bootstrap(
+    values: Tensor, draws: int = 1000, seed: int = 0, weights: Tensor | None = None, groups: Tensor | None = None
+) -> Estimate:
+    """The mean of `values` and its 95% percentile bootstrap interval, by resampling with replacement.
 
     Args:
         values (`torch.Tensor` of shape `(N,)`): one number per item.
         draws (`int`, *optional*, defaults to 1000): resampled means.
         seed (`int`, *optional*, defaults to 0): of the resampling; the global generator is left alone.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            For a weighted mean: a draw's weights are those of the items drawn, so a ratio of sums keeps its own interval.
+        groups (`torch.Tensor` of shape `(N,)`, *optional*):
+            What is resampled where items are not independent: items with the same number are drawn together.
     """
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"expected `values` of shape (N,) with at least one item, got {tuple(values.shape)}")
     values = values.detach().double().cpu()
     if not values.isfinite().all():
         raise ValueError(f"expected finite `values`, got {int((~values.isfinite()).sum())} that are not")
+    weights = torch.ones_like(values) if weights is None else weights.detach().double().cpu()
+    if weights.shape != values.shape or not (weights > 0).all():
+        raise ValueError(
+            f"expected positive `weights`, one for each of {len(values)} values, got {tuple(weights.shape)}"
+        )
+    sums, sizes = weights * values, weights
+    if groups is not None:
+        if groups.shape != values.shape:
+            raise ValueError(f"expected a group for each of {len(values)} values, got {tuple(groups.shape)}")
+        _, group = groups.cpu().unique(return_inverse=True)
+        zeros = torch.zeros(int(group.max()) + 1, dtype=values.dtype)
+        sums, sizes = (zeros.index_add(0, group, of_items) for of_items in (sums, sizes))
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, _CHUNK_NUMBERS // len(values))
-    means = torch.cat(
-        [
-            values[torch.randint(len(values), (min(rows, draws - start), len(values)), generator=generator)].mean(1)
-            for start in range(0, draws, rows)
-        ]
-    )
-    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
-    return Estimate(values.mean().item(), low, high)
+    rows = max(1, _CHUNK_NUMBERS // len(sums))
+    means = []
+    for start in range(0, draws, rows):
+        drawn = torch.randint(len(sums), (min(rows, draws - start), len(sums)), generator=generator)
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    low, high = torch.cat(means).quantile(values.new_tensor([0.025, 0.975])).tolist()
+    return Estimate((sums.sum() / sizes.sum()).item(), low, high)
 
 
 def _check_joints(joints: Tensor, target_joints: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from datasets import Dataset
 from PIL import Image
+from torch import Tensor
 
 from .collator import open_picture
 from .data.prompts import DESCRIBING_KINDS, IMAGE_QUESTIONS, PHRASE_QUESTION, TEXT_QUESTIONS, fill_template
@@ -44,6 +48,9 @@ TASKS = {
 }
 
 
+_COLUMNS = ["id", "task", "messages", "poses", "pose_mask", "captions"]
+
+
 class Item(NamedTuple):
     """
     One question.
@@ -72,7 +79,8 @@ class Questions:
         rows (`Dataset`): as from [`load_rows`], with `decode=False`.
         task (`str`): one of `TASKS`.
         caption_kind (`str`, *optional*): ask by captions of this kind alone.
-        template (`str`, *optional*): another question; `{sent}` or, at its start, `{phrase}` is the caption.
+        template (`str`, *optional*):
+            Another question; where the task asks by captions, `{sent}` or, at its start, `{phrase}` is the caption.
         id_prefix (`str`, *optional*, defaults to `""`): take only rows whose id begins with it.
         limit (`int`, *optional*): rows to take, evenly chosen.
 
@@ -81,7 +89,8 @@ class Questions:
         counts (`dict[str, int]`): items and rows, and rows that were left out, by reason.
 
     Raises:
-        ValueError: where no row has a question of the task, or one has no picture for a task about pictures.
+        ValueError: where no row has a question of the task, one has no picture for a task about pictures, or the task does
+            not ask by captions or by other questions.
     """
 
     def __init__(
@@ -99,17 +108,25 @@ class Questions:
         self.task = task
         spec = TASKS[task]
         kinds = spec.kinds if caption_kind is None else (caption_kind,)
+        if caption_kind is not None and not spec.kinds:
+            raise ValueError(f"expected no caption kind for {task}, which asks by no caption, got {caption_kind!r}")
+        if template is not None:
+            _check_template(template, task)
         self.template = template or spec.question
         self.items: list[Item] = []
         left_out: dict[str, int] = {}
-        for number, row in enumerate(rows.select_columns(["id", "task", "messages", "poses", "captions"])):
+        for number, row in enumerate(rows.select_columns(_COLUMNS)):
             texts = [text for kind in kinds for text in caption_texts(row, [kind]) if text.strip()]
             if not row["id"].startswith(id_prefix):
                 reason = "rows of other ids"
             elif row["task"] not in spec.row_tasks:
                 reason = "rows of other tasks"
+            elif self.template is None and row["poses"]:
+                reason = "rows with poses"
             elif self.template is not None and len(row["poses"]) != 1:
                 reason = "rows without or with several poses"
+            elif task == "captions" and not row["pose_mask"][0][0]:
+                reason = "rows whose pose nobody knows"
             elif kinds and not texts:
                 reason = f"rows without a caption of kind {', '.join(kinds)}"
             elif task == "captions" and not row["captions"]:
@@ -173,10 +190,13 @@ class Questions:
         What the model is given, as messages: the row's pictures and the question; of a chat, the true conversation up to
         it.
         """
-        return [
-            self._make_chat(self.items[index], row)
-            for index, row in zip(indices, self.load_rows(indices), strict=True)
-        ]
+        chats = []
+        for index, row in zip(indices, self.load_rows(indices), strict=True):
+            try:
+                chats.append(self._make_chat(self.items[index], row))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"cannot ask about row {row['id']!r}: {error}") from error
+        return chats
 
     def _make_chat(self, item: Item, row: dict) -> list[dict]:
         messages = row["messages"]
@@ -196,6 +216,22 @@ class Questions:
         if is_chat:
             return chat
         return [{"role": "user", "content": [*chat[-1]["content"], {"type": "text", "text": item.question}]}]
+
+    def find_units(self) -> tuple[str, Tensor]:
+        """
+        What items must be drawn together for an interval: the turns of a conversation, what is asked about one picture.
+
+        Returns:
+            Their name, and of each item the number of its own, `(N,)`.
+        """
+        if self.task == "chat":
+            return "conversations", torch.tensor([item.row for item in self.items])
+        if self.task == "rpe":
+            pictures = [_read_picture(row["images"][0]) for row in self.select_rows(["images"])]
+            numbers: dict[bytes, int] = {}
+            digests = [hashlib.sha256(picture).digest() for picture in pictures]
+            return "pictures", torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
+        return "items", torch.arange(len(self.items))
 
     def true_answers(self) -> list[str]:
         """Of a chat, what follows each question."""
@@ -218,8 +254,29 @@ class Questions:
             said = row["messages"] if self.template is None else None
             digest.update(json.dumps([item.id, item.question, said]).encode())
             for image in row["images"] if item.turn == 0 else ():
-                digest.update(image["bytes"] or str(image["path"]).encode())
+                digest.update(_read_picture(image))
         return digest.hexdigest()[:16]
+
+
+def _read_picture(image: dict) -> bytes:
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
+
+def _check_template(template: str, task: str) -> None:
+    """Whether the words in braces are those that will be filled in."""
+    spec = TASKS[task]
+    if spec.question is None:
+        raise ValueError(f"expected no question for {task}, which asks those of the rows, got {template!r}")
+    places = re.findall(r"\{.*?\}", template)
+    is_at_start = template.startswith("{phrase}")
+    if spec.kinds and places != ["{phrase}" if is_at_start else "{sent}"]:
+        raise ValueError(
+            f"expected a question with the caption as {{sent}}, or at its start as {{phrase}}, for {task}, got {template!r}"
+        )
+    if not spec.kinds and places:
+        raise ValueError(
+            f"expected a question without {places[0]} for {task}, which asks by no caption, got {template!r}"
+        )
 
 
 def _count_images(messages: list[dict]) -> int:
