@@ -133,7 +133,7 @@ class PoseRuler:
             raise ValueError(f"expected a protocol of {', '.join(PROTOCOLS)}, got {protocol!r}")
         self.name = protocol
         self.protocol = PROTOCOLS[protocol]
-        self._source = body or os.environ.get(SMPL_MODEL_DIR)
+        self._source = body or os.environ.get(SMPL_MODEL_DIR) or None
         self.body = BodyModel.load(self._source)
         rows = self.protocol.regressor_rows
         if rows and regressor is None:
