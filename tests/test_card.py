@@ -120,7 +120,16 @@ def test_evaluations_have_a_table_each():
     other = {**RESULT, "task": "spg", "metrics": {"model": {"fid": 0.25}}}
     card = make_card(RUN, [RESULT, other], is_adapter=False)
     assert card.count("\n### `") == 2
-    assert row_of(card, "`fid`") == "| `fid` | 0.25 |  |"
+    assert row_of(card, "`fid`") == "| `fid` | 0.25 |", "no column for a system of another evaluation"
+
+
+def test_metadata_have_the_first_sentence_of_a_protocol():
+    result = {**RESULT, "protocol": "smpl-24: 24 joints. An answer without a pose counts as the rest pose."}
+    card = make_card(RUN, [result], is_adapter=False)
+    (index,) = metadata(card)["model-index"]
+    assert index["results"][0]["metrics"][0]["args"]["protocol"] == "smpl-24: 24 joints"
+    assert "Protocol: `smpl-24: 24 joints. An answer without a pose counts as the rest pose.`" in card
+    assert "protocol: smpl-24: 24 joints," in make_eval_results([result])
 
 
 def test_record_is_told():

@@ -97,9 +97,7 @@ def make_card(run: dict, results: list[dict] | None = None, *, is_adapter: bool,
             place=json.dumps(repo_id or "path/to/this/folder"),
             run={**dict.fromkeys(_RUN_FIELDS), **run},
             is_adapter=is_adapter,
-            # Each evaluation's rows, which say alike what was measured.
-            results=[list(rows_of) for _, rows_of in groupby(rows, key=lambda row: row[:5])],
-            systems=systems,
+            results=_make_tables(rows, systems),
             results_versions={
                 key: value for result in results or [] for key, value in (result.get("versions") or {}).items()
             },
@@ -124,7 +122,7 @@ def make_eval_results(results: list[dict]) -> str | None:
             "value": row.value,
             "notes": ", ".join(
                 f"{name}: {_plain(value or NOT_STATED)}"
-                for name, value in (("split", row.split), ("protocol", row.protocol), ("body", row.body))
+                for name, value in (("split", row.split), ("protocol", _in_short(row.protocol)), ("body", row.body))
             ),
         }
         for row in _read_results(results)[0]
@@ -173,7 +171,9 @@ def _make_metadata(run: dict, rows: list[_Row], name: str, is_adapter: bool) -> 
             metric_name=_plain(row.metric),
             metric_value=row.value,
             metric_args={
-                key: _plain(value) for key, value in (("protocol", row.protocol), ("body", row.body)) if value
+                key: _plain(value)
+                for key, value in (("protocol", _in_short(row.protocol)), ("body", row.body))
+                if value
             }
             or None,
         )
@@ -272,6 +272,22 @@ def _read_number(value: Any, where: str) -> tuple[float, str]:
     if low > high:
         raise ValueError(f"expected `low` <= `high` in {where}, got {low} and {high}")
     return middle, f"{_number(middle)} [{_number(low)}, {_number(high)}]"
+
+
+def _make_tables(rows: list[_Row], systems: list[str]) -> list[tuple[list[str], list[_Row]]]:
+    """For each evaluation the systems that it has, and its rows, which say alike what was measured."""
+    tables = []
+    for _, group in groupby(rows, key=lambda row: row[:5]):
+        of_group = list(group)
+        shown = [number for number in range(len(systems)) if any(row.values[number] for row in of_group)]
+        table = [row._replace(values=[row.values[number] for number in shown]) for row in of_group]
+        tables.append(([systems[number] for number in shown], table))
+    return tables
+
+
+def _in_short(protocol: str | None) -> str | None:
+    """A protocol's first sentence: metadata repeat it for every metric."""
+    return protocol and f"{protocol}. ".split(". ")[0]
 
 
 @cache
