@@ -15,6 +15,8 @@ SOURCES = {
     "bedlam": "bedlam.Bedlam",
     "llava": "llava.LlavaInstruct",
     "rpe-refined": "rpe_refined.RpeRefined",
+    "key-poses": "key_poses.KeyPoses",
+    "compositions": "compositions.Compositions",
     "synthetic": "synthetic.SyntheticPeople",
     "spg": "spg.Spg",
     "rpe": "rpe.Rpe",

@@ -490,8 +490,8 @@ class SyntheticPeople(Source):
 
     def read_part(self, part: str) -> Iterator[dict]:
         split, number = part.split("/")
-        sampler = _load_sampler(self.folder, split)
-        captioner = _load_captioner()
+        sampler = load_sampler(self.folder, split)
+        captioner = load_captioner()
         first = int(number) * _PICTURES_PER_PART
         end = min(first + _PICTURES_PER_PART, self.count)
         for start in range(first, end, _BATCH):
@@ -536,7 +536,17 @@ class SyntheticPeople(Source):
 
 # Kept for the parts to come.
 @lru_cache(maxsize=2)
-def _load_sampler(folder: Path, split: str) -> PoseSampler:
+def load_sampler(folder: Path, split: str) -> PoseSampler:
+    """
+    A sampler of the known poses of rows that `chatpose data` wrote, but for those of task `"spg"`, which come twice.
+
+    Args:
+        folder (`Path`): of `SPLIT/PART.parquet`.
+        split (`str`): which.
+
+    Raises:
+        ValueError: where there are none.
+    """
     poses, masks = [np.zeros((0, 24, 3), dtype=np.float32)], [np.zeros((0, 24), dtype=bool)]
     for path in sorted(folder.glob(f"{split}/*.parquet")):
         try:
@@ -562,5 +572,6 @@ def _load_studio() -> Studio:
 
 
 @lru_cache(maxsize=1)
-def _load_captioner() -> Captioner:
+def load_captioner() -> Captioner:
+    """One for all parts: making it takes as long as hundreds of captions."""
     return Captioner()

@@ -1,0 +1,80 @@
+"""Poses put together from parts of others, told by their geometry: as many pairs of words and poses as are wanted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..pose_files import remove_yaw, turn_frame
+from .source import Source
+from .synthetic import PoseSampler, load_captioner, load_sampler
+
+
+_ROWS_PER_PART = 2000
+_VAL_EVERY = 20
+# Collar, shoulder, elbow and wrist, of each side.
+_ARMS = ((13, 16, 18, 20), (14, 17, 19, 21))
+_OTHER_ARM_SHARE = 0.5
+
+
+class Compositions(Source):
+    """
+    Poses as [`PoseSampler`] makes them of rows that `chatpose data` wrote, `SPLIT/PART.parquet` (the upper body of one, the
+    legs of another, noise inside the joints' limits), where every second arm is that of one more pose; without heading, as
+    texts have none. A row of task `"text_to_pose"` for each, with captions of kind `"geometry"`.
+
+    Args:
+        folder (`str` or `Path`): the rows.
+        seed (`int`, *optional*, defaults to 0): for everything that is drawn.
+        count (`int`, *optional*, defaults to 100000): how many; one in twenty of the poses of the split `val`.
+    """
+
+    name = "compositions"
+    licence = "Put together by chatpose_hf; the poses keep the terms of the rows that they were made from"
+
+    def __init__(self, folder: str | Path, seed: int = 0, count: int = 100_000):
+        super().__init__(folder, seed)
+        if count < 1:
+            raise ValueError(f"expected at least 1 row, got {count}")
+        self.count = count
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        return {**super().settings(), "count": self.count}
+
+    def parts(self) -> list[str]:
+        if not any(self.folder.glob("train/*.parquet")):
+            raise FileNotFoundError(
+                f"expected rows, {self.folder}/train/*.parquet, found none; make some with `chatpose data`"
+            )
+        has_val = any(self.folder.glob("val/*.parquet"))
+        return [
+            f"{'val' if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{number:05}"
+            for number in range(-(-self.count // _ROWS_PER_PART))
+        ]
+
+    def read_part(self, part: str) -> Iterator[dict]:
+        split, number = part.split("/")
+        sampler = load_sampler(self.folder, split)
+        first = int(number) * _ROWS_PER_PART
+        indices = range(first, min(first + _ROWS_PER_PART, self.count))
+        poses, masks = map(
+            np.stack,
+            zip(*(compose(sampler, np.random.default_rng([self.seed, index])) for index in indices), strict=True),
+        )
+        upright = remove_yaw(turn_frame(torch.from_numpy(poses), "z-up", inverse=True))
+        turned = turn_frame(upright, "z-up").float()
+        captions = load_captioner().captions(turned, [f"{self.seed}/{index}" for index in indices])
+        for index, pose, mask, said in zip(indices, turned.numpy(), masks, captions, strict=True):
+            texts = [("geometry", text) for text in said]
+            yield self.make_row(f"{index:08}", "text_to_pose", [pose], texts, pose_mask=mask.tolist())
+
+
+def compose(sampler: PoseSampler, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A pose `(24, 3)`, axis-angle in radians, camera frame, of any heading, and its mask `(24,)`."""
+    pose, mask = sampler.sample(rng)
+    for arm in map(list, _ARMS):
+        if rng.random() < _OTHER_ARM_SHARE:
+            other, other_mask = sampler.sample(rng)
+            pose[arm], mask[arm] = other[arm], other_mask[arm]
+    return pose, mask

@@ -1,0 +1,78 @@
+"""Named poses in files of our own: rows of both splits, which share poses and no sentence."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from chatpose_hf.body import JOINT_NAMES, BodyModel
+from chatpose_hf.data.key_poses import KeyPoses, make_pose
+
+
+ITEM = {
+    "name": "salute",
+    "turns": {"l_shoulder": [0, 0, -75], "r_shoulder": [0, 0, 60.5]},
+    "explicit": ["The right hand is at the brow.", "Salute.", "A stiff salute."],
+    "implicit": ["The general walks by.", "A soldier greets."],
+}
+
+
+def write(folder, items, name="gestures"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(items))
+    return KeyPoses(folder)
+
+
+def test_rows_when_of_both_splits_then_share_poses_and_no_sentence(tmp_path):
+    source = write(tmp_path / "poses", [ITEM])
+    assert source.parts() == ["train/gestures", "val/gestures"]
+    train, val = (list(source.rows(part)) for part in source.parts())
+    assert [row["id"] for row in train] == ["gestures/salute", "gestures/salute/spg"]
+    assert [row["task"] for row in val] == ["text_to_pose", "spg"]
+    for row in (*train, *val):
+        np.testing.assert_array_equal(row["poses"][0], make_pose(ITEM["turns"]).numpy())
+        assert row["pose_mask"][0] == [joint < 22 for joint in range(24)]
+    texts = [{caption["text"] for row in rows for caption in row["captions"]} for rows in (train, val)]
+    assert texts[0] >= {*ITEM["explicit"][:-1], *ITEM["implicit"][:-1]}
+    assert texts[1] == {"A stiff salute.", "A soldier greets."}
+    assert not texts[0] & texts[1]
+    assert {caption["kind"] for caption in train[0]["captions"]} == {"human", "geometry"}
+    assert [caption["kind"] for caption in val[1]["captions"]] == ["implicit", "human"]
+
+
+def test_pose_when_turned_in_degrees_then_stands_as_written():
+    """An arm that hangs, of somebody who faces the camera: y is down."""
+    joints = BodyModel.load().joints(make_pose({"l_shoulder": [0, 0, -90]}))
+    shoulder, wrist = (joints[JOINT_NAMES.index(name)] for name in ("l_shoulder", "l_wrist"))
+    assert wrist[1] - shoulder[1] > 0.4
+    # Half a turn about x, either way.
+    torch.testing.assert_close(make_pose({})[0].abs(), torch.tensor([torch.pi, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"turns": {"tail": [0, 0, 1]}}, "pose 0 of .*: expected `turns` of SMPL's first 22 joints"),
+        ({"turns": {"head": [0, 1]}}, "three angles in degrees for head"),
+        ({"turns": {"head": [0, 1, float("nan")]}}, "three angles in degrees for head"),
+        ({"explicit": ["One."]}, "at least 2 different sentences as `explicit`"),
+        ({"implicit": ["One.", "One."]}, "at least 2 different sentences as `implicit`"),
+        ({"more": 1}, "expected explicit, implicit, name, turns"),
+    ],
+)
+def test_item_when_it_is_none_then_the_file_and_the_fault_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        list(write(tmp_path / "poses", [{**ITEM, **changes}]))
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "3"])
+def test_file_when_of_another_layout_then_is_named(tmp_path, content):
+    (tmp_path / "poses.json").write_text(content)
+    with pytest.raises(ValueError, match=r"poses\.json"):
+        list(KeyPoses(tmp_path))
+
+
+def test_folder_when_empty_then_says_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"GROUP\.json"):
+        KeyPoses(tmp_path).parts()
