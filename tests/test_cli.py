@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -237,3 +238,20 @@ def test_errors_are_explained(folder, picture, tmp_path, capsys):
     for wrong in (["dance"], ["app", "--port", "99999"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
+
+
+@pytest.mark.parametrize(
+    ("command", "absent", "extra"),
+    [
+        ("eval text-to-pose --data rows --output out", "sklearn.feature_extraction.text", "eval"),
+        ("train --model x --train_data y --output_dir z", "peft", "train"),
+    ],
+)
+def test_command_when_its_packages_are_missing_then_names_the_extra(monkeypatch, capsys, command, absent, extra):
+    """Before anything is asked or trained."""
+    for name in [name for name in sys.modules if name.startswith("chatpose_hf.")]:
+        if name.rpartition(".")[2] in ("evaluation", "measures", "baselines", "training", "adapters"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, absent, None)
+    assert main(command.split()) == 1
+    assert f"pip install 'chatpose_hf[{extra}]'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,8 +93,6 @@ def find_nearest_by_words(training: TrainingPoses, texts: Sequence[str]) -> Tens
     Returns:
         `torch.Tensor` of shape `(N, 24, 3, 3)`.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     captions = vectorizer.fit_transform(training.captions)
     queries = vectorizer.transform(texts)
