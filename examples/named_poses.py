@@ -6,14 +6,13 @@ Sixteen poses written down joint by joint, and one picture of them all: what the
 Hardware: any CPU. Time: 3 seconds.
 """
 
-import math
 import sys
 
 import torch
 
-from chatpose_hf.body import JOINT_NAMES, BodyModel
+from chatpose_hf.body import BodyModel
+from chatpose_hf.data.key_poses import make_pose
 from chatpose_hf.export import save_poses
-from chatpose_hf.pose_files import turn_frame
 
 
 def both(**turns: tuple[float, float, float]) -> dict[str, tuple[float, float, float]]:
@@ -48,14 +47,6 @@ POSES = {
     "head turned to the left": {**ARMS_DOWN, "neck": (0, 30, 0), "head": (0, 35, 0)},
     "lying on the back": {**ARMS_DOWN, "pelvis": (-90, 0, 0)},
 }
-
-
-def make_pose(turns: dict[str, tuple[float, float, float]]) -> torch.Tensor:
-    """Axis-angle `(24, 3)`, radians, camera frame."""
-    pose = torch.zeros(len(JOINT_NAMES), 3)
-    for joint, degrees in turns.items():
-        pose[JOINT_NAMES.index(joint)] = torch.tensor(degrees) * math.pi / 180
-    return turn_frame(pose, "y-up")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from chatpose_hf.body import JOINT_NAMES, BodyModel
 from chatpose_hf.data.key_poses import KeyPoses, make_pose
@@ -76,3 +77,23 @@ def test_file_when_of_another_layout_then_is_named(tmp_path, content):
 def test_folder_when_empty_then_says_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"GROUP\.json"):
         KeyPoses(tmp_path).parts()
+
+
+def test_poses_of_this_project_then_are_many_different_and_told_in_words_of_their_own():
+    source = KeyPoses(ROOT / "examples" / "key_poses")
+    rows = [row for part in source.parts() if part.startswith("train") for row in source.rows(part)]
+    assert not source.skipped
+    told = [row for row in rows if row["task"] == "text_to_pose"]
+    assert len(told) >= 150
+    texts = [caption["text"] for row in rows for caption in row["captions"] if caption["kind"] != "geometry"]
+    # Explicit sentences stand in two rows of a pose.
+    by_pose = {row["id"].removesuffix("/spg"): set() for row in rows}
+    for row in rows:
+        by_pose[row["id"].removesuffix("/spg")] |= {c["text"] for c in row["captions"] if c["kind"] != "geometry"}
+    assert sum(map(len, by_pose.values())) == len(set(texts)), "a sentence of two poses"
+    assert all(len(sentences) >= 10 for sentences in by_pose.values())
+    joints = BodyModel.load().joints(torch.tensor(np.stack([row["poses"][0] for row in told])))
+    joints = joints - joints[:, :1]
+    # Of the joint that differs most: some poses differ in the head alone.
+    distances = (joints[:, None] - joints[None]).norm(dim=-1).amax(-1) + torch.eye(len(joints))
+    assert distances.min() > 0.03, "two names for one pose"
