@@ -26,7 +26,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from chatpose_hf import answers
 from chatpose_hf.adapters import load_trained
-from chatpose_hf.answers import Generation, ask_model
+from chatpose_hf.answers import Generation, ask_model, find_revision
 from chatpose_hf.data.rows import load_rows
 from chatpose_hf.questions import Questions
 
@@ -107,7 +107,8 @@ def main() -> None:
         def answer(side: str, number: int) -> list[str]:
             if side == "ours":
                 where = f"{folder}/{number}"
-                records = ask_model(questions, args.model, None, where, generation, state, model.device)
+                weights = find_revision(args.model, None)
+                records = ask_model(questions, args.model, None, weights, where, generation, state, model.device)
                 return [record["text"] for record in records]
             return answer_plainly(plain, processor, questions, orders[side], args.new_tokens)
 

@@ -47,6 +47,7 @@ def ask_model(
     questions: Questions,
     model: str,
     revision: str | None,
+    weights: str | None,
     folder: str | Path,
     generation: Generation,
     state: PartialState,
@@ -58,6 +59,7 @@ def ask_model(
     Args:
         questions ([`Questions`]): what is asked.
         model (`str`), revision (`str`, *optional*): as for [`load_trained`].
+        weights (`str`, *optional*): as from [`find_revision`]; the main process's is kept beside the answers.
         folder (`str` or `Path`): see [`map_batches`].
         generation ([`Generation`]): how.
         state ([`accelerate.PartialState`]): the processes.
@@ -89,7 +91,7 @@ def ask_model(
             "task": questions.task,
             "questions": questions.digest,
             "model": public_name(model),
-            "revision": find_revision(model, revision),
+            "revision": weights,
             **asdict(generation),
         }
     batches = questions.make_batches(generation.batch_size)

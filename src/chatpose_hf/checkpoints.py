@@ -24,7 +24,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 class SealedCheckpoints:
     """
     Of a [`~transformers.Trainer`], named before it among the bases: all of a checkpoint or none. It is written aside,
-    sealed, then named; those before it stay until then.
+    sealed, then named; those before it stay until then. What is saved holds no pickle of the settings.
     """
 
     _is_staging = False
@@ -32,6 +32,12 @@ class SealedCheckpoints:
     def checkpoint_record(self) -> dict[str, str]:
         """Texts to keep in a checkpoint, by file name. Every process is asked, before anything is written."""
         return {}
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle that nothing reads.
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)

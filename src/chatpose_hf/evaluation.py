@@ -235,7 +235,7 @@ class _Evaluation:
                     f"expected `{name}` for {', '.join(tasks)} alone, got {getattr(settings, name)!r} for {task}"
                 )
         self.ruler = None
-        if task not in ("chat", "captions"):
+        if task in _ASKED_FOR_POSES:
             self.ruler = PoseRuler(settings.protocol, settings.body, settings.regressor)
             if self.ruler.protocol.needs_truth != (settings.truth is not None):
                 raise ValueError(
@@ -296,8 +296,12 @@ class _Evaluation:
         return training
 
     def run(self) -> dict | None:
-        models = {"model": self.settings.model, "before": self.settings.before}
-        answers = {system: self._ask(system, model) for system, model in models.items() if model is not None}
+        named = {"model": (self.settings.model, self.settings.revision), "before": (self.settings.before, None)}
+        models = {system: model for system, model in named.items() if model[0] is not None}
+        # Once: it reads all of the weights.
+        revise = find_revision if self.state.is_main_process else lambda *_: None
+        self.revisions = {system: revise(*model) for system, model in models.items()}
+        answers = {system: self._ask(system, *model) for system, model in models.items()}
         if not self.state.is_main_process:
             return None
         cases: list[Case] = []
@@ -324,12 +328,12 @@ class _Evaluation:
             table["reply"] = [record["text"] for record in answers["model"]]
         return self._write({**table, **columns, **self.figures.as_columns()}, cases)
 
-    def _ask(self, system: str, model: str) -> list[dict]:
+    def _ask(self, system: str, model: str, revision: str | None) -> list[dict]:
         settings = self.settings
         generation = Generation(settings.batch_size, settings.max_new_tokens, settings.force_pose, settings.dtype)
-        revision = settings.revision if system == "model" else None
+        weights = self.revisions[system]
         folder = self.output / "answers" / system
-        return ask_model(self.questions, model, revision, folder, generation, self.state, self.device)
+        return ask_model(self.questions, model, revision, weights, folder, generation, self.state, self.device)
 
     def _write(self, table: dict[str, list], cases: list[Case]) -> dict:
         settings = self.settings
@@ -341,7 +345,7 @@ class _Evaluation:
             "protocol": self._describe(),
             "body": body.name if body else None,
             "model": public_name(settings.model) if settings.model else None,
-            "revision": find_revision(settings.model, settings.revision) if settings.model else None,
+            "revision": self.revisions.get("model"),
             "versions": {name: version(name) for name in ("chatpose_hf", "transformers", "torch")},
             "seed": settings.seed,
             "counts": self.figures.counts,
@@ -364,8 +368,7 @@ class _Evaluation:
         given |= {name: public_name(given[name]) for name in _PATHS if given[name] is not None}
         given["question"] = self.questions.template
         given["questions"] = self.questions.digest
-        if self.settings.before is not None:
-            given["before_revision"] = find_revision(self.settings.before, None)
+        given["before_revision"] = self.revisions.get("before")
         return {name: value for name, value in given.items() if value not in (None, "")}
 
     def _describe(self) -> str:

@@ -196,11 +196,6 @@ class RetrievalTrainer(SealedCheckpoints, Trainer):
         # transformers 5.24 computes no metrics where there are no labels.
         return loss, embeds, torch.zeros(len(inputs["input_ids"]), device=self.args.device)
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        # A pickle that nothing reads.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
 
 def compute_recalls(prediction: EvalPrediction) -> dict[str, float]:
     """

@@ -479,8 +479,6 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        # A pickle that nothing reads; run.json says the same as text.
-        (folder / "training_args.bin").unlink(missing_ok=True)
         run = self._describe_run()
         write_atomically(folder / RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False).encode())
         is_adapter = (folder / "adapter_config.json").is_file()

@@ -8,11 +8,10 @@ import torch
 
 from ..pose_files import remove_yaw, turn_frame
 from .source import Source
-from .synthetic import PoseSampler, load_captioner, load_sampler
+from .synthetic import PoseSampler, load_captioner, load_sampler, share_splits
 
 
 _ROWS_PER_PART = 2000
-_VAL_EVERY = 20
 # Collar, shoulder, elbow and wrist, of each side.
 _ARMS = ((13, 16, 18, 20), (14, 17, 19, 21))
 _OTHER_ARM_SHARE = 0.5
@@ -43,15 +42,8 @@ class Compositions(Source):
         return {**super().settings(), "count": self.count}
 
     def parts(self) -> list[str]:
-        if not any(self.folder.glob("train/*.parquet")):
-            raise FileNotFoundError(
-                f"expected rows, {self.folder}/train/*.parquet, found none; make some with `chatpose data`"
-            )
-        has_val = any(self.folder.glob("val/*.parquet"))
-        return [
-            f"{'val' if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{number:05}"
-            for number in range(-(-self.count // _ROWS_PER_PART))
-        ]
+        splits = share_splits(self.folder, -(-self.count // _ROWS_PER_PART))
+        return [f"{split}/{number:05}" for number, split in enumerate(splits)]
 
     def read_part(self, part: str) -> Iterator[dict]:
         split, number = part.split("/")

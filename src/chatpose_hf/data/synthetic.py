@@ -477,16 +477,8 @@ class SyntheticPeople(Source):
         return {**super().settings(), "image_size": self.image_size, "count": self.count}
 
     def parts(self) -> list[str]:
-        if not any(self.folder.glob("train/*.parquet")):
-            raise FileNotFoundError(
-                f"expected rows, {self.folder}/train/*.parquet, found none; make some with `chatpose data`"
-            )
-        has_val = any(self.folder.glob("val/*.parquet"))
-        number_of_parts = -(-self.count // _PICTURES_PER_PART)
-        return [
-            f"{'val' if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{number:06}"
-            for number in range(number_of_parts)
-        ]
+        splits = share_splits(self.folder, -(-self.count // _PICTURES_PER_PART))
+        return [f"{split}/{number:06}" for number, split in enumerate(splits)]
 
     def read_part(self, part: str) -> Iterator[dict]:
         split, number = part.split("/")
@@ -532,6 +524,23 @@ class SyntheticPeople(Source):
         labels = [scene.people[number].pose for number in asked]
         row = self.make_row(id, task, labels, captions, [scene.image])
         return {**row, "pose_mask": masks[asked].tolist()}
+
+
+def share_splits(folder: Path, count: int) -> list[str]:
+    """
+    The split of each of so many parts that are drawn from rows: every twentieth is val, where the rows have one.
+
+    Args:
+        folder (`Path`): of `SPLIT/PART.parquet`.
+        count (`int`): how many parts.
+
+    Raises:
+        FileNotFoundError: where there are no rows to train on.
+    """
+    if not any(folder.glob("train/*.parquet")):
+        raise FileNotFoundError(f"expected rows, {folder}/train/*.parquet, found none; make some with `chatpose data`")
+    has_val = any(folder.glob("val/*.parquet"))
+    return ["val" if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else "train" for number in range(count)]
 
 
 # Kept for the parts to come.
