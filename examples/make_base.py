@@ -34,22 +34,28 @@ def load_text_model(name, gguf):
     return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **from_file), None
 
 
-def make_text_model(rows_name):
-    """A byte-level BPE of the rows' words, a LLaMA of two layers, and a chat template without a long system prompt."""
-    rows = load_rows(rows_name, decode=False).select_columns(["messages", "captions"])
-    said = ([part["text"] or "" for message in row["messages"] for part in message["content"]] for row in rows)
-    texts = (text for row, parts in zip(rows, said, strict=True) for text in parts + caption_texts(row))
+def read_texts(rows_name):
+    """What the rows say and are said to be."""
+    for row in load_rows(rows_name, decode=False).select_columns(["messages", "captions"]):
+        yield from (part["text"] or "" for message in row["messages"] for part in message["content"])
+        yield from caption_texts(row)
+
+
+def make_text_model(texts, vocab_size=2000, hidden_size=192, layers=2, heads=6):
+    """A byte-level BPE of the texts' words, a new LLaMA, and a chat template without a long system prompt."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special, alphabet = ["<unk>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
     )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    size = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6}
-    config = LlamaConfig(**size, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    size = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
+    config = LlamaConfig(
+        **size, num_attention_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=1024
+    )
     return tokenizer, LlamaForCausalLM(config), vicuna_chat_template(system_prompt="A chat.")
 
 
@@ -57,8 +63,9 @@ def load_vision_tower(name):
     return CLIPVisionModel.from_pretrained(name, dtype=torch.float32), AutoImageProcessor.from_pretrained(name)
 
 
-def make_vision_tower(image_size=64, patch_size=8):
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+def make_vision_tower(image_size=64, patch_size=8, hidden_size=64, layers=4, heads=2):
+    size = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
+    size["num_attention_heads"] = heads
     tower = CLIPVisionModel(CLIPVisionConfig(**size, image_size=image_size, patch_size=patch_size))
     square = {"height": image_size, "width": image_size}
     return tower, CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
@@ -76,7 +83,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     tokenizer, text_model, template = (
-        make_text_model(options.rows) if options.rows else load_text_model(options.text_model, options.gguf)
+        make_text_model(read_texts(options.rows)) if options.rows else load_text_model(options.text_model, options.gguf)
     )
     vision_tower, image_processor = load_vision_tower(options.vision) if options.vision else make_vision_tower()
     patch_size = vision_tower.config.patch_size

@@ -42,11 +42,12 @@ def test_tables_are_those_of_the_original_in_number():
 
 def test_draw_when_text_to_pose_then_every_question_and_answer_comes_up_and_holds_the_caption():
     questions, answers = set(), set()
-    for messages in draws("text_to_pose", captions(human=["She kneels."])):
+    for messages in draws("text_to_pose", captions(human=["She kneels."]), count=3000):
         assert [message["role"] for message in messages] == ["user", "assistant"]
         questions.add(question_of(messages).replace("She kneels.", "{sent}").replace("She kneels", "{phrase}"))
         answers.add(answer_of(messages))
-    assert questions == {*prompts.TEXT_QUESTIONS, *prompts.MORE_TEXT_QUESTIONS, prompts.PHRASE_QUESTION}
+    more = {*prompts.MORE_TEXT_QUESTIONS, prompts.PHRASE_QUESTION}
+    assert questions == {*prompts.TEXT_QUESTIONS, *more, *prompts.PLAIN_QUESTIONS}
     assert answers == set(prompts.ANSWERS)
 
 
@@ -64,7 +65,7 @@ def test_draw_when_an_image_then_it_comes_first():
     for messages in draws("pose_estimation", [], num_images=1):
         assert messages[0]["content"][0] == {"type": "image", "text": None}
         asked.add(question_of(messages))
-    assert asked == {*prompts.IMAGE_QUESTIONS, *prompts.MORE_IMAGE_QUESTIONS}
+    assert asked == {*prompts.IMAGE_QUESTIONS, *prompts.MORE_IMAGE_QUESTIONS, *prompts.PLAIN_IMAGE_QUESTIONS}
 
 
 def test_draw_when_there_is_an_explanation_then_some_ask_for_it_and_get_it():

@@ -33,7 +33,7 @@ def desk(official, tmp_path_factory):
     shutil.copyfile(official / "images" / "wide.png", desk / "photo.png")
 
     # Two to test on: nothing is retrieved from one.
-    write_release(desk / "PoseScript" / "posescript_release", splits={"train": [2, 0, 1], "val": [3], "test": [4, 3]})
+    write_release(desk / "PoseScript" / "posescript_release", splits={"train": [2, 0, 1], "test": [4, 3]})
     write_amass(desk / "PoseScript" / "AMASS")
 
     llava = desk / "llava-hf" / "llava-1.5-7b-hf"

@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--input", required=True, metavar="DIR", help="as downloaded (docs/data.md)")
     data.add_argument("--output", required=True, metavar="DIR", help="folder for the rows")
     data.add_argument("--limit", type=int, metavar="N", help="stop after N rows")
+    data.add_argument("--count", type=int, metavar="N", help="rows to make, of a source that makes as many as wanted")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default: 0)")
     data.add_argument(
@@ -370,7 +371,12 @@ def _source_options(options) -> dict:
 
     from .data import find_source
 
-    given = {"image_size": options.image_size, "frame": options.frame, "endpoint": options.endpoint}
+    given = {
+        "image_size": options.image_size,
+        "count": options.count,
+        "frame": options.frame,
+        "endpoint": options.endpoint,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - signature(find_source(options.source)).parameters:
         raise ValueError(f"expected no `--{name.replace('_', '-')}` for {options.source}")

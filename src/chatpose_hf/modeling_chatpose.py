@@ -47,8 +47,9 @@ class ChatPoseOutput(LlavaCausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
             `ce_loss_weight * ce_loss + pose_loss_weight * pose_loss`, when `labels` are given.
-        logits (`torch.Tensor` of shape `(B, T, vocab_size)`):
-            Scores of the next token.
+        logits (`torch.Tensor` of shape `(B, T, vocab_size)`, *optional*):
+            Scores of the next token. None in training mode with `labels`: there only the states that predict a label go
+            through the output layer.
         pose_rotmats (`torch.Tensor` of shape `(P, J, 3, 3)`, *optional*):
             One pose for each `<POSE>` label, in row-major order, float32, camera frame; joint 0 is the global
             orientation. Given with `labels`.
@@ -431,20 +432,26 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last_hidden_state = hidden_states[:, kept]
-        logits = self.lm_head(last_hidden_state)
         loss = ce_loss = pose_loss = pose_rotmats = None
         if labels is not None:
-            labels = labels.to(logits.device)
+            labels = labels.to(hidden_states.device)
             is_label = labels[:, 1:] != -100
             # At least 1: a batch of rows that all were left out has a loss of zero.
             num_tokens = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch).clamp(
                 min=1
             )
+        if labels is not None and self.training:
+            # Questions and pictures have no labels, and are most of a row. One state more, as below.
+            states = torch.cat([hidden_states[:, :-1][is_label], hidden_states[:1, 0]])
+            targets = torch.cat([labels[:, 1:][is_label], labels.new_full((1,), -100)])
+            logits = None
+            told = {"logits": self.lm_head(states)[None], "labels": targets[None], "shift_labels": targets[None]}
+        else:
+            logits = self.lm_head(last_hidden_state)
+            told = {"logits": logits, "labels": labels}
+        if labels is not None:
             ce_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_tokens,
+                **told, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_tokens
             )
             is_pose = labels[:, 1:] == self.config.pose_token_id
             # One state more, and one call whatever the batch holds: DDP waits for a gradient of every trained weight, and

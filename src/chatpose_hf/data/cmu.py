@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch
 from ..array_files import NpzFields, read_limited, value_errors_only
 from ..pose_files import turn_frame
 from .captions import Captioner
+from .near_duplicates import NEARLY_VAL, is_near
 from .source import Source, load_jsonl
 
 
@@ -17,12 +19,17 @@ _SPLITS = {"train": "train", "extra_acrobatics_train": "train", "val": "val"}
 _CAPTURED = [joint not in (10, 11, 22, 23) for joint in range(24)]
 
 
+def _read_upright(path: Path) -> np.ndarray:
+    with value_errors_only(f"`{path}`"):
+        return NpzFields(read_limited(path)).read("poses_yaw0")
+
+
 class CmuPoses(Source):
     """
     `NAME.npz` (`poses_yaw0` (N, 24, 3), y up, facing +z), `NAME.jsonl` (a line for each pose) and `captions.jsonl`.
 
     A row for each pose, to be asked for by what people wrote about it or by its geometry; and one more, of task `"spg"`,
-    for each pose that somebody described by a situation.
+    for each pose that somebody described by a situation. Poses of train that are nearly ones of val are left out.
     """
 
     name = "cmu"
@@ -39,10 +46,9 @@ class CmuPoses(Source):
         return parts
 
     def read_part(self, part: str) -> Iterator[dict]:
-        name = part.split("/")[1]
+        split, name = part.split("/")
         path = self.folder / f"{name}.npz"
-        with value_errors_only(f"`{path}`"):
-            upright = NpzFields(read_limited(path)).read("poses_yaw0")
+        upright = _read_upright(path)
         records = load_jsonl(self.folder / f"{name}.jsonl")
         if upright.shape != (len(records), 24, 3):
             raise ValueError(
@@ -58,6 +64,11 @@ class CmuPoses(Source):
                 self.skip("`poses`: expected finite numbers", id)
         ids = list(compress(ids, is_finite))
         poses = poses[is_finite]
+        if split == "train":
+            near = self._near_val(poses)
+            for id in compress(ids, near.tolist()):
+                self.skip(NEARLY_VAL, id)
+            ids, poses = list(compress(ids, (~near).tolist())), poses[~near]
         geometry = Captioner().captions(poses, [f"{self.seed}/{id}" for id in ids])
         for id, pose, automatic in zip(ids, poses.numpy(), geometry, strict=True):
             texts = [("geometry", text) for text in automatic]
@@ -67,6 +78,11 @@ class CmuPoses(Source):
             if implicit:
                 captions = [*implicit, *explicit, *texts]
                 yield self.make_row(f"{id}/spg", "spg", [pose], captions, pose_mask=_CAPTURED)
+
+    def _near_val(self, poses: torch.Tensor) -> torch.Tensor:
+        names = [name for name, split in _SPLITS.items() if split == "val" and (self.folder / f"{name}.npz").is_file()]
+        others = [torch.tensor(_read_upright(self.folder / f"{name}.npz")) for name in names]
+        return is_near(poses, turn_frame(torch.cat([torch.zeros(0, 24, 3), *others]), "y-up"))
 
     def _written_captions(self) -> dict[str, list[tuple[str, str]]]:
         """Kind and text of what people wrote, by pose."""

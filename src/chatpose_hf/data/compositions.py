@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from ..pose_files import remove_yaw, turn_frame
+from .near_duplicates import NEARLY_VAL, is_near
 from .source import Source
-from .synthetic import PoseSampler, load_captioner, load_sampler, share_splits
+from .synthetic import PoseSampler, load_captioner, load_sampler, load_val_poses, share_splits
 
 
 _ROWS_PER_PART = 2000
@@ -21,7 +22,7 @@ class Compositions(Source):
     """
     Poses as [`PoseSampler`] makes them of rows that `chatpose data` wrote, `SPLIT/PART.parquet` (the upper body of one, the
     legs of another, noise inside the joints' limits), where every second arm is that of one more pose; without heading, as
-    texts have none. A row of task `"text_to_pose"` for each, with captions of kind `"geometry"`.
+    texts have none; none of train is nearly a pose of the rows' val. A row of task `"text_to_pose"` for each, with captions of kind `"geometry"`.
 
     Args:
         folder (`str` or `Path`): the rows.
@@ -56,8 +57,12 @@ class Compositions(Source):
         )
         upright = remove_yaw(turn_frame(torch.from_numpy(poses), "z-up", inverse=True))
         turned = turn_frame(upright, "z-up").float()
+        near = is_near(turned, load_val_poses(self.folder)).tolist() if split == "train" else [False] * len(turned)
         captions = load_captioner().captions(turned, [f"{self.seed}/{index}" for index in indices])
-        for index, pose, mask, said in zip(indices, turned.numpy(), masks, captions, strict=True):
+        for index, pose, mask, said, nearly in zip(indices, turned.numpy(), masks, captions, near, strict=True):
+            if nearly:
+                self.skip(NEARLY_VAL, f"{index:08}")
+                continue
             texts = [("geometry", text) for text in said]
             yield self.make_row(f"{index:08}", "text_to_pose", [pose], texts, pose_mask=mask.tolist())
 

@@ -54,6 +54,38 @@ MORE_IMAGE_QUESTIONS = (
 )
 # The paper's form of text-to-pose, SPG and RPE
 PHRASE_QUESTION = "{phrase}, can you give the SMPL pose of this person?"
+# Ours: as people ask who never heard of SMPL. They read well with a sentence, with several and with a few words in the place of `{sent}` (with a full stop) or `{phrase}`;
+# the bare words stand twice, since many type nothing else.
+PLAIN_QUESTIONS = (
+    "{phrase}", "{phrase}", "{sent}", "{sent}", "Show me this: {sent}", "Show me what this looks like: {sent}",
+    "Show this pose: {sent}", "Can you show me this? {sent}", "Can you pose the figure like this? {sent}",
+    "Pose the figure like this: {sent}", "Please pose a body for me: {sent}", "Pose please: {phrase}",
+    "pose: {phrase}", "Draw this person: {sent}", "Draw a body for these words: {sent}",
+    "Draw the following pose. {sent}", "How does it look in 3D? {sent}", "How would that look? {sent}",
+    "What does this look like? {sent}", "What would a body look like here? {sent}", "I need a 3D pose: {sent}",
+    "I need a body in this position: {sent}", "I want to see this: {sent}",
+    "I would like a figure that matches this: {sent}", "I am looking for this pose: {sent}",
+    "Make a mannequin that does this: {sent}", "Make the mannequin do the following. {sent}",
+    "Make a 3D figure: {phrase}", "Make a person like this: {sent}", "Put the body into this position: {sent}",
+    "Set the joints so that it fits: {sent}", "Turn these words into a pose: {sent}",
+    "Turn this into a 3D body: {phrase}", "Could you model this for me? {sent}",
+    "Could you make that pose? {sent}", "Would you show a person like this? {sent}", "Give me the pose: {sent}",
+    "Give me a figure: {phrase}", "Give me the human pose for this description: {sent}", "Generate a pose. {sent}",
+    "Generate: {phrase}", "Create a character in this pose: {sent}",
+    "For my drawing I need somebody like this: {sent}", "My character should be like this: {sent}",
+    "Imagine a person. {sent} Show the pose.", "{sent} Show me.", "{sent} Show me the pose.",
+    "{sent} Can you make that?", "{sent} What does it look like?", "{sent} Please pose a figure like that.",
+    "{sent} 3D pose, please.", "{phrase}, please", "{phrase} - can you show that?", "{phrase}: show me the body",
+)
+PLAIN_IMAGE_QUESTIONS = (
+    "What pose is this?", "Show this person in 3D.", "Show me the body of this person.", "Copy this pose.",
+    "Pose the figure like the person in the picture.", "Turn this picture into a 3D pose.", "3D pose, please.",
+    "Can you make the pose of this person?", "Make a mannequin that stands like this person.", "Get the pose.",
+)
+PLAIN_IMAGE_TEXT_QUESTIONS = (
+    "{phrase}", "{sent}", "Show me this person in 3D: {phrase}", "The pose of this one: {phrase}",
+    "What is the pose of this person? {sent}", "I mean this one: {phrase}", "{sent} Copy the pose.",
+)
 # ANSWER_LIST
 ANSWERS = (
     "It is <POSE>.",
@@ -90,13 +122,13 @@ GROUP_ANSWERS = (
 # the original's fair coin between what people and what programs wrote.
 DESCRIBING_KINDS = ("human", "automatic", "geometry")
 _DESCRIPTION = f"a caption of kind {', '.join(DESCRIBING_KINDS)}"
-_QUESTIONS = {  # of each task: the original's, more
-    "text_to_pose": (TEXT_QUESTIONS, (*MORE_TEXT_QUESTIONS, PHRASE_QUESTION)),
-    "pose_estimation": (IMAGE_QUESTIONS, MORE_IMAGE_QUESTIONS),
-    "spg": (TEXT_QUESTIONS, (PHRASE_QUESTION,)),
-    "rpe": (IMAGE_TEXT_QUESTIONS, (PHRASE_QUESTION,)),
+_QUESTIONS = {  # of each task: the original's, more of its kind, plain ones
+    "text_to_pose": (TEXT_QUESTIONS, (*MORE_TEXT_QUESTIONS, PHRASE_QUESTION), PLAIN_QUESTIONS),
+    "pose_estimation": (IMAGE_QUESTIONS, MORE_IMAGE_QUESTIONS, PLAIN_IMAGE_QUESTIONS),
+    "spg": (TEXT_QUESTIONS, (PHRASE_QUESTION,), PLAIN_QUESTIONS),
+    "rpe": (IMAGE_TEXT_QUESTIONS, (PHRASE_QUESTION,), PLAIN_IMAGE_TEXT_QUESTIONS),
 }
-_MORE_SHARE = 0.2  # of the questions that are none of those the original trained on
+_MORE_SHARE, _PLAIN_SHARE = 0.2, 0.2  # of the questions that are none of those the original trained on
 _EXPLAINED_SHARE = 0.2  # of the rows that have an explanation to give
 
 
@@ -183,9 +215,11 @@ def draw_messages(
         question = f"{_as_sentence(asked)} {rng.choice(EXPLANATION_REQUESTS)}".strip()
         answer = fill_template(rng.choice(EXPLAINED_ANSWERS), rng.choice(rng.choice(descriptions)))
     else:
-        questions, more_questions = _QUESTIONS[task]
-        is_more = rng.random() < _MORE_SHARE
-        question = fill_template(rng.choice(more_questions if is_more else questions), asked)
+        questions, more_questions, plain_questions = _QUESTIONS[task]
+        share = rng.random()
+        if share < _MORE_SHARE + _PLAIN_SHARE:
+            questions = more_questions if share < _MORE_SHARE else plain_questions
+        question = fill_template(rng.choice(questions), asked)
         answer = rng.choice(ANSWERS)
     return _make_messages(num_images, question, answer)
 
@@ -230,8 +264,8 @@ def _draw_group_answer(rng: _Draw, phrases: Sequence[str]) -> str:
 
 
 def fill_template(template: str, text: str) -> str:
-    """A question about a description, which takes the place of `{sent}`, or of `{phrase}` at the start."""
-    if template.startswith("{phrase}"):
+    """A question about a description, which takes the place of `{sent}` or `{phrase}`."""
+    if "{phrase}" in template:
         return template.replace("{phrase}", _as_phrase(text))
     return template.replace("{sent}", _as_sentence(text))
 

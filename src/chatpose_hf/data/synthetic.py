@@ -16,6 +16,7 @@ from ..body import BodyModel
 from ..render import draw_bodies
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .captions import Captioner
+from .near_duplicates import NEARLY_VAL, is_near
 from .source import Source
 
 
@@ -154,7 +155,7 @@ class PoseSampler:
             )
         if not np.isfinite(poses).all():
             raise ValueError("expected finite poses, got NaN or infinity; leave those poses out")
-        self._poses, self._masks = poses, masks.astype(bool)
+        self.poses, self._masks = poses, masks.astype(bool)
         self.low, self.high = np.quantile(poses, [0.005, 0.995], axis=0)
         for joint, (axis, low, high) in _HINGES.items():
             self.low[joint, axis] = max(self.low[joint, axis], low)
@@ -162,11 +163,11 @@ class PoseSampler:
 
     def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A pose `(24, 3)` in the camera frame, and its mask `(24,)`."""
-        index = rng.integers(len(self._poses))
-        pose, mask = self._poses[index].astype(np.float64), self._masks[index].copy()
+        index = rng.integers(len(self.poses))
+        pose, mask = self.poses[index].astype(np.float64), self._masks[index].copy()
         if rng.random() < _RECOMBINED_SHARE:
-            other = rng.integers(len(self._poses))
-            pose[list(_LOWER_BODY)] = self._poses[other, list(_LOWER_BODY)]
+            other = rng.integers(len(self.poses))
+            pose[list(_LOWER_BODY)] = self.poses[other, list(_LOWER_BODY)]
             mask[list(_LOWER_BODY)] = self._masks[other, list(_LOWER_BODY)]
         if rng.random() < _NOISE_SHARE:
             noise = rng.normal(0, _NOISE, pose.shape) * mask[:, None]
@@ -451,7 +452,7 @@ def _make_phrases(
 class SyntheticPeople(Source):
     """
     Pictures of people in the poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`, changed as [`PoseSampler`]
-    does. Nine in ten show one person (task `"pose_estimation"`, captions of kind `"geometry"`); the others some people (task
+    does; none of train is nearly a pose of the rows' val. Nine in ten show one person (task `"pose_estimation"`, captions of kind `"geometry"`); the others some people (task
     `"rpe"`), one of whom is asked for by a phrase that is true of nobody else, or all of them.
 
     Args:
@@ -498,12 +499,23 @@ class SyntheticPeople(Source):
                 torch.from_numpy(np.stack([poses[0] for _, poses, *_ in sampled])),
                 [f"{self.seed}/{id}" for id, *_ in sampled],
             )
-            for (id, poses, masks, rng), captions in zip(sampled, said, strict=True):
+            near = self._near_val([poses for _, poses, *_ in sampled], split)
+            for (id, poses, masks, rng), captions, nearly in zip(sampled, said, near, strict=True):
+                if nearly:
+                    self.skip(NEARLY_VAL, id)
+                    continue
                 row = self._draw_row(id, poses, masks, rng, captions)
                 if row is None:
                     self.skip("nobody in the group can be told apart", id)
                 else:
                     yield row
+
+    def _near_val(self, groups: list[np.ndarray], split: str) -> list[bool]:
+        """Of each group of people, whether somebody of it is nearly one of val and may not be seen in train."""
+        if split != "train":
+            return [False] * len(groups)
+        near = is_near(torch.from_numpy(np.concatenate(groups)), load_val_poses(self.folder))
+        return [bool(part.any()) for part in near.split([len(group) for group in groups])]
 
     def _draw_row(
         self, id: str, poses: np.ndarray, masks: np.ndarray, rng: np.random.Generator, said: list[str]
@@ -573,6 +585,14 @@ def load_sampler(folder: Path, split: str) -> PoseSampler:
     if not is_known.any():
         raise ValueError(f"expected rows with poses in {folder / split}, found none; make some with `chatpose data`")
     return PoseSampler(all_poses[is_known], all_masks[is_known])
+
+
+@lru_cache(maxsize=2)
+def load_val_poses(folder: Path) -> Tensor:
+    """The poses `(N, 24, 3)` of the split val of rows, none where there is no such split."""
+    if not any(folder.glob("val/*.parquet")):
+        return torch.zeros(0, 24, 3)
+    return torch.from_numpy(load_sampler(folder, "val").poses)
 
 
 @lru_cache(maxsize=1)
