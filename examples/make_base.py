@@ -53,9 +53,7 @@ def make_text_model(texts, vocab_size=2000, hidden_size=192, layers=2, heads=6):
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     size = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
-    config = LlamaConfig(
-        **size, num_attention_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=1024
-    )
+    config = LlamaConfig(**size, num_attention_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=1024)
     return tokenizer, LlamaForCausalLM(config), vicuna_chat_template(system_prompt="A chat.")
 
 
@@ -83,7 +81,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     tokenizer, text_model, template = (
-        make_text_model(read_texts(options.rows)) if options.rows else load_text_model(options.text_model, options.gguf)
+        make_text_model(read_texts(options.rows))
+        if options.rows
+        else load_text_model(options.text_model, options.gguf)
     )
     vision_tower, image_processor = load_vision_tower(options.vision) if options.vision else make_vision_tower()
     patch_size = vision_tower.config.patch_size

@@ -90,7 +90,10 @@ def main() -> None:
             optimizer.zero_grad()
             schedule.step()
             total += loss.item()
-        print(f"epoch {epoch + 1}: loss {total / steps:.4f}, of val {measure(model, *val, loss_function):.4f}", flush=True)
+        print(
+            f"epoch {epoch + 1}: loss {total / steps:.4f}, of val {measure(model, *val, loss_function):.4f}",
+            flush=True,
+        )
     tower.save_pretrained(options.output)
     image_processor.save_pretrained(options.output)
 
