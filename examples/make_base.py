@@ -80,11 +80,10 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    tokenizer, text_model, template = (
-        make_text_model(read_texts(options.rows))
-        if options.rows
-        else load_text_model(options.text_model, options.gguf)
-    )
+    if options.rows:
+        tokenizer, text_model, template = make_text_model(read_texts(options.rows))
+    else:
+        tokenizer, text_model, template = load_text_model(options.text_model, options.gguf)
     vision_tower, image_processor = load_vision_tower(options.vision) if options.vision else make_vision_tower()
     patch_size = vision_tower.config.patch_size
     processor = ChatPoseProcessor(image_processor, tokenizer, patch_size=patch_size, num_additional_image_tokens=1)

@@ -1,4 +1,4 @@
-"""chatpose-tiny from nothing: rows, a base of new weights, the training, and the small folder that the package ships.
+"""chatpose-tiny from nothing: rows, a vision tower, a base of new weights, the training, the folder that the package ships.
 
     python examples/train_tiny.py tiny --poses cmu_poses
 
@@ -9,13 +9,15 @@ HOURS on 2 CPU cores, 3 GB. `tiny/chatpose-tiny` is the result, `tiny/run` the t
 import argparse
 import itertools
 import os
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
-from make_base import make_text_model, make_vision_tower, read_texts
+from make_base import load_vision_tower, make_text_model, read_texts
 
 from chatpose_hf import ChatPoseForConditionalGeneration, ChatPoseProcessor
+from chatpose_hf.atomic_write import write_atomically
 from chatpose_hf.cli import main as chatpose
 
 
@@ -46,7 +48,7 @@ def make_base() -> None:
     torch.manual_seed(0)
     texts = (itertools.islice(read_texts(f"rows/{name}"), TEXTS_OF_EACH) for name in ("cmu", *ROWS))
     tokenizer, text_model, template = make_text_model(itertools.chain(*texts), 4096, 256, layers=6, heads=4)
-    vision_tower, image_processor = make_vision_tower(112, 16, hidden_size=160, layers=6, heads=5)
+    vision_tower, image_processor = load_vision_tower("tower")
     processor = ChatPoseProcessor(image_processor, tokenizer, patch_size=16, num_additional_image_tokens=1)
     processor.chat_template = template
     # A new tower has no reason to leave its last layer out, as CLIP's users do.
@@ -58,15 +60,12 @@ def make_base() -> None:
 
 
 def write_release() -> None:
-    """Weights in half precision, which the configuration has loaded as float32 again."""
-    model = ChatPoseForConditionalGeneration.from_pretrained("run", dtype=torch.float32)
-    model.generation_config.max_new_tokens = 128
-    model.to(torch.float16)
-    model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = "float32"
+    """The weights in half the space; the configuration has them loaded as float32."""
+    model = ChatPoseForConditionalGeneration.from_pretrained("run", dtype=torch.float16, attn_implementation="sdpa")
     model.save_pretrained("chatpose-tiny")
     ChatPoseProcessor.from_pretrained("run").save_pretrained("chatpose-tiny")
-    for name in ("README.md", "run.json"):
-        shutil.copy(f"run/{name}", "chatpose-tiny")
+    file = Path("chatpose-tiny/config.json")
+    write_atomically(file, file.read_bytes().replace(b'"float16"', b'"float32"'))
 
 
 def main() -> None:
@@ -78,6 +77,9 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     os.chdir(output)
     make_rows(poses)
+    if not Path("tower/model.safetensors").exists():
+        command = [EXAMPLES / "train_tower.py", "tower", "rows/pictures", "rows/key_pictures"]
+        subprocess.run([sys.executable, *map(str, command)], check=True)
     if not Path("base/model.safetensors").exists():
         make_base()
     if chatpose(["train", str(EXAMPLES / "configs" / "chatpose_tiny.yaml"), "--resume"]):

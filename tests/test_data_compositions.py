@@ -5,9 +5,10 @@ import pytest
 import torch
 from make_rows import make_row, write_splits
 
+from chatpose_hf.cli import main
 from chatpose_hf.data import synthetic
 from chatpose_hf.data.compositions import Compositions, compose
-from chatpose_hf.data.rows import validate_row
+from chatpose_hf.data.rows import load_rows, validate_row
 from chatpose_hf.data.synthetic import PoseSampler
 from chatpose_hf.pose_files import turn_frame
 from chatpose_hf.rotations import rotvec_to_rotmat
@@ -90,3 +91,11 @@ def test_source_when_there_are_no_rows_or_no_count_then_says_so(tmp_path):
         Compositions(tmp_path).parts()
     with pytest.raises(ValueError, match="at least 1 row, got 0"):
         Compositions(tmp_path, count=0)
+
+
+def test_command_when_told_how_many_then_makes_so_many(rows, tmp_path, capsys):
+    command = ["data", "compositions", "--input", str(rows), "--output", str(tmp_path / "made")]
+    assert main([*command, "--count", "7"]) == 0
+    assert len(load_rows(tmp_path / "made")) == 7
+    assert main(["data", "cmu", *command[2:], "--count", "7"]) == 1
+    assert "expected no `--count` for cmu" in capsys.readouterr().err

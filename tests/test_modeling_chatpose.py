@@ -164,11 +164,15 @@ def test_from_llava_with_towers_keeps_their_weights(chatml, tie, tmp_path):
     text_model.save_pretrained(tmp_path / "text")
     vision_tower.save_pretrained(tmp_path / "vision")
     model = ChatPoseForConditionalGeneration.from_llava(
-        processor=processor, text_model=str(tmp_path / "text"), vision_tower=str(tmp_path / "vision")
+        processor=processor,
+        text_model=str(tmp_path / "text"),
+        vision_tower=str(tmp_path / "vision"),
+        vision_feature_layer=-1,
     ).eval()
     rows = text_model.config.vocab_size
     assert model.get_input_embeddings().num_embeddings >= len(processor.tokenizer)
     assert model.config.pose_token_id == processor.tokenizer.convert_tokens_to_ids("<POSE>")
+    assert model.config.vision_feature_layer == -1  # LLaVA's own fields are set too
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(model(input_ids=ids).logits[..., :rows], text_model(input_ids=ids).logits)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tie
@@ -295,6 +299,31 @@ def test_loss_is_the_papers(model, processor, use_mask):
     assert output.pose_rotmats.shape == (3, 24, 3, 3)
     assert output.loss.requires_grad
     assert not output.ce_loss.requires_grad
+
+
+def test_training_puts_no_other_state_through_the_output_layer_and_learns_the_same(model, processor):
+    batch, targets = training_batch(processor)
+    widths = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[:-1].numel()))
+    losses, gradients = [], []
+    for is_training in (True, False):
+        model.train(is_training).zero_grad()
+        output = model(**batch, pose_labels=targets, num_items_in_batch=30)
+        output.loss.backward()
+        assert (output.logits is None) == is_training
+        losses.append(output.loss.detach())
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    hook.remove()
+    model.eval()
+    assert widths == [(batch["labels"][:, 1:] != -100).sum() + 1, batch["labels"].numel()]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    # Nothing to learn from is no error, and every process reaches the layer.
+    model.train()
+    nothing = model(**{**batch, "labels": torch.full_like(batch["labels"], -100)})
+    model.eval()
+    assert nothing.loss == 0
+    assert nothing.loss.requires_grad
 
 
 def test_pose_loss_by_hand():

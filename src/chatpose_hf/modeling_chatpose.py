@@ -297,7 +297,8 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             )
         token_ids = {"pose_token_id": processor.pose_token_id, "image_token_index": processor.image_token_id}
         token_ids["pose_lead_in_ids"] = processor.pose_lead_in_ids
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in ChatPoseConfig.__annotations__}
+        names = LlavaConfig.__annotations__ | ChatPoseConfig.__annotations__
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if base is not None:
             hub = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
             llava = LlavaConfig.from_pretrained(base, **{name: kwargs[name] for name in hub if name in kwargs})
@@ -327,9 +328,12 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
                 vision_config=vision_tower.config.to_dict(),
                 text_config=text_config,
                 image_seq_length=processor.num_image_tokens,
-                vision_feature_select_strategy=processor.vision_feature_select_strategy,
-                tie_word_embeddings=text_model.config.tie_word_embeddings,
-                **{**token_ids, **fields},
+                **{
+                    "vision_feature_select_strategy": processor.vision_feature_select_strategy,
+                    "tie_word_embeddings": text_model.config.tie_word_embeddings,
+                    **token_ids,
+                    **fields,
+                },
             )
             model = cls(config).to(text_model.dtype)
             model.model.vision_tower.load_state_dict(vision_tower.state_dict())
