@@ -464,6 +464,25 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
         super()._save_checkpoint(model, trial)
         self._interval_start += time.monotonic() - start
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_whole_model(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_whole_model(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_whole_model(self, checkpoint: str) -> bool:
+        """
+        Loads a model that is trained in full; whether there is one. Its files have LLaVA's old names of weights, which
+        `from_pretrained` knows: the Trainer itself would find none of them, warn, and go on with what is there.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+        return True
+
     def _load_rng_state(self, checkpoint):
         # The last that is restored of a checkpoint, before the first step.
         super()._load_rng_state(checkpoint)
