@@ -1,9 +1,9 @@
-"""chatpose-tiny from nothing: rows, a vision tower, a base of new weights, the training, the folder that the package ships.
+"""chatpose-tiny from nothing: rows, a vision tower, a base of new weights, the training, a small folder.
 
     python examples/train_tiny.py tiny --poses cmu_poses
 
 `cmu_poses` is a folder that `chatpose data cmu` reads. Everything lands in `tiny`; another call goes on where one stopped.
-HOURS on 2 CPU cores, 3 GB. `tiny/chatpose-tiny` is the result, `tiny/run` the training with its log.
+An hour and a half on 2 CPU cores, 13 GB of memory. `tiny/chatpose-tiny` is the result, `tiny/run` the training with its log.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/train_tower.py tower rows/pictures rows/key_pictures
 
 A tower from nothing learns this way at several times the rate that it would inside a ChatPose, where each picture is read by
-the language model too. Afterwards: `ChatPoseForConditionalGeneration.from_llava(vision_tower="tower", ...)`. About 600 pictures
-a second on 2 CPU cores that multiply bfloat16.
+the language model too. Afterwards: `ChatPoseForConditionalGeneration.from_llava(vision_tower="tower", ...)`. About 750 pictures a
+second on 2 CPU cores that multiply bfloat16. Val of 14 epochs: 0.756, of the mean pose 0.905.
 """
 
 import argparse
@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", help="rows of `chatpose data synthetic`")
     parser.add_argument("--epochs", type=int, default=14)
     options = parser.parse_args()
-
     torch.manual_seed(0)
     tower, image_processor = make_vision_tower(112, 16, hidden_size=160, layers=6, heads=5)
     tower.set_attn_implementation("eager")  # of short rows, on a CPU, the faster one to train
@@ -91,10 +90,8 @@ def main() -> None:
             optimizer.zero_grad()
             schedule.step()
             total += loss.item()
-        print(
-            f"epoch {epoch + 1}: loss {total / steps:.4f}, of val {measure(model, *val, loss_function):.4f}",
-            flush=True,
-        )
+        of_val = measure(model, *val, loss_function)
+        print(f"epoch {epoch + 1}: loss {total / steps:.4f}, of val {of_val:.4f}", flush=True)
     tower.save_pretrained(options.output)
     image_processor.save_pretrained(options.output)
 

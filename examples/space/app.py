@@ -1,13 +1,14 @@
-"""A Hugging Face Space: the chat app for the checkpoint that the Space's variable CHATPOSE_MODEL names, else chatpose-tiny."""
+"""A Hugging Face Space: the chat app for the checkpoint that the Space's variable CHATPOSE_MODEL names."""
 
 import os
 import sys
 
-from chatpose_hf import CHATPOSE_TINY
 from chatpose_hf.cli import main
 
 
-model = os.environ.get("CHATPOSE_MODEL") or CHATPOSE_TINY
+model = os.environ.get("CHATPOSE_MODEL")
+if not model:
+    sys.exit("set the Space's variable CHATPOSE_MODEL to the Hub id of a ChatPose checkpoint")
 # Spaces are reached from outside their container, at the address and port that these name.
 host = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")
 port = os.environ.get("GRADIO_SERVER_PORT", "7860")

@@ -17,12 +17,40 @@ _CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE = 0.15, 0.3, 0.3
 _STANDING_SHARE, _SAID_SHARE = 0.55, 0.4
 _WEIGHTS = {"arm": 8, "leg": 5, "head": 2, "torso": 2}  # how often a part is spoken of, by the last word of its name
 # Subject, possessor, and the form of "to be" that goes with it; the first of these may also stand before a participle.
-_NOUNS = (("a person", "their"), ("a man", "his"), ("a woman", "her"), ("someone", "their"), ("the person", "their"))
+_NOUNS = (
+    *(("a person", "their"), ("a man", "his"), ("a woman", "her"), ("someone", "their"), ("the person", "their")),
+    *(("somebody", "their"), ("a guy", "his"), ("a girl", "her"), ("the figure", "its"), ("a figure", "its")),
+)
 _SUBJECTS = (
     *((noun, possessor, "is") for noun, possessor in _NOUNS),
     *(("she", "her", "is"), ("he", "his", "is"), ("they", "their", "are"), ("I", "my", "am"), ("you", "your", "are")),
 )
+# Around an order: to whoever reads it, to a figure.
+_ASKED = (
+    *("please {}", "now {}", "I want you to {}", "try to {}", "show me how to {}", "could you {}?", "can you {}?"),
+    *("would you {}?", "could you please {}?", "I would like you to {}", "you should {}", "let me see you {}"),
+    *("go ahead and {}", "{}, please"),
+)
+_MADE = (
+    *("make the figure {}", "let the figure {}", "have the figure {}", "get the figure to {}", "I want it to {}"),
+    *("can you make it {}?", "the figure should {}"),
+)
+# Around a person, an absolute phrase, and a whole clause.
+_PERSON = (
+    *("I want {}", "show me {}", "I need {}", "give me {}", "imagine {}", "there is {}", "draw {}", "let me see {}"),
+    *("create {}", "can you show me {}?", "could you draw {}?", "picture {}", "the pose of {}"),
+)
+_WITH = (
+    *("a pose with {}", "show me a pose with {}", "the pose has {}", "pose: {}", "I want {}", "I need {}"),
+    *("I would like to see {}", "show {}", "could you show {}?", "somebody with {}", "position: {}", "have {}"),
+)
+_CLAUSE = (
+    *("make sure {}", "a pose in which {}", "a pose where {}", "show me a pose where {}", "I want a pose where {}"),
+    *("in this pose, {}", "the pose is like this: {}"),
+)
+_STYLES = (*("order",) * 9, *("does", "is doing", "asked", "stated", "terse") * 2, *("seen",) * 4, "kept")
 _ADD = (
+    *("now {do}", "then {do}", "also, {do}", "next, {do}", "in addition, {do}", "could you also {do}?"),
     "now {do} too",
     "and {do}",
     "good. Now also {do}",
@@ -31,8 +59,11 @@ _ADD = (
     "good. And {do}",
     "{do} as well",
 )
-_CHANGE = ("now {do} instead", "{do} instead", "no, {do}", "change that: {do}")
-_UNDO = ("{do}", "now {do}", "okay, {do}", "good. Now {do}")
+_CHANGE = (
+    *("now {do} instead", "{do} instead", "no, {do}", "change that: {do}", "actually, {do}", "instead, {do}"),
+    *("rather {do}", "not like that: {do}", "could you {do} instead?"),
+)
+_UNDO = ("{do}", "now {do}", "okay, {do}", "good. Now {do}", "please {do}", "you can {do}", "could you {do}?")
 _MIRROR = (
     "the other {limb} instead",
     "the {other} {limb} instead",
@@ -40,7 +71,10 @@ _MIRROR = (
     "do it with the {other} {limb} instead of the {side} one",
     "switch to the {other} {limb}",
 )
-_POSTURE = ("same pose but {ing}", "the same, but {ing}", "now {do} and keep the rest", "keep the rest, but {do}")
+_POSTURE = (
+    *("same pose but {ing}", "the same, but {ing}", "now {do} and keep the rest", "keep the rest, but {do}"),
+    *("leave the rest as it is, but {do}", "the same thing again, but {ing}", "{do} without changing the rest"),
+)
 
 
 class Plan(NamedTuple):
@@ -204,36 +238,39 @@ def make_sentence(pose: list[Choice], says_posture: bool, rng: random.Random) ->
     """
     posture, *chosen = pose
     told = [*([posture] if says_posture else []), *rng.sample(chosen, len(chosen))]
-    style = rng.choice(("order", "order", "order", "order", "does", "is doing", "seen", "seen", "stated"))
+    style = rng.choice(_STYLES)
     subject, possessor, be = rng.choice(_SUBJECTS)
     if style == "order":
-        the = rng.choice(("the", "the", "your"))
-        orders = [_fill(_pick_order(choice, says_posture, rng), the) for choice in told]
-        if len(orders) > 1 and not says_posture and rng.random() < 0.1:
-            text = f"{orders[0]} while {_list([_to_participle(order) for order in orders[1:]])}"
-        elif len(orders) > 1 and _takes_with(orders[0]) and rng.random() < 0.25:
-            text = f"{orders[0]} with {_list(_tell(told[1:], '', the, rng))}"
-        elif len(orders) > 1 and rng.random() < 0.4:
-            return _as_sentence(". ".join(order[0].upper() + order[1:] for order in orders), rng)
-        else:
-            text = _list(orders)
-        if rng.random() < 0.08:
-            text = rng.choice(("please {}", "now {}", "I want you to {}", "try to {}", "show me how to {}")).format(
-                text
-            )
-        return _as_sentence(text, rng)
+        return _order(told, says_posture, rng)
+    if style == "kept":
+        return _keep(told, says_posture, rng)
     if style in ("does", "is doing"):
         the = rng.choice(("the", possessor))
         orders = [_fill(_pick_order(choice, says_posture, rng), the) for choice in told]
         if style == "is doing":
             return _as_sentence(f"{subject} {be} {_list([_to_participle(order) for order in orders])}", rng)
         return _as_sentence(f"{subject} {_list([_to_third(o) if be == 'is' else o for o in orders])}", rng)
+    if style == "terse":
+        seen = [*([_posture(posture, "", rng)] if says_posture else []), *_tell(told[says_posture:], "", "", rng)]
+        return _as_sentence(_list(seen, rng.random() < 0.4), rng)
     if style == "stated" and chosen:
         the = rng.choice(("the", "the", possessor))
         stated = _list(_tell(told[says_posture:], "be", the, rng))
-        return _as_sentence(f"{subject} {be} {_posture(posture, the, rng)}; {stated}" if says_posture else stated, rng)
+        if says_posture:
+            return _as_sentence(f"{subject} {be} {_posture(posture, the, rng)}; {stated}", rng)
+        return _as_sentence(rng.choice(_CLAUSE).format(stated) if rng.random() < 0.4 else stated, rng)
     noun, possessor = rng.choice(_NOUNS)
     the = rng.choice(("the", possessor))
+    noun = noun.replace("the ", "a ") if style == "asked" else noun
+    if style == "asked" and (says_posture or rng.random() < 0.6):
+        orders = [_fill(_pick_order(choice, says_posture, rng), the) for choice in told]
+        if rng.random() < 0.5:
+            person = f"{noun} {'that' if 'figure' in noun else 'who'} {_list([_to_third(order) for order in orders])}"
+        else:
+            person = f"{noun} {_list([_to_participle(order) for order in orders])}"
+        return _as_sentence(rng.choice(_PERSON).format(person), rng)
+    if style == "asked":
+        return _as_sentence(rng.choice(_WITH).format(_list(_tell(told, "", "the", rng))), rng)
     seen = _tell(told[says_posture:], "", the, rng)
     start = rng.choice((noun, noun, "")) or ("" if says_posture else rng.choice(("", noun)))
     words = " ".join(filter(None, (start, _posture(posture, the, rng) if says_posture else "")))
@@ -247,15 +284,53 @@ def make_sentence(pose: list[Choice], says_posture: bool, rng: random.Random) ->
     )
 
 
+def _order(told: list[Choice], says_posture: bool, rng: random.Random) -> str:
+    frame = rng.choice(rng.choice((_ASKED, _MADE))) if rng.random() < 0.15 else "{}"
+    the = rng.choice(("the", "its") if frame in _MADE else ("the", "the", "the", "your", "your", ""))
+    orders = [_fill(_pick_order(choice, says_posture, rng), the) for choice in told]
+    draw = rng.random()
+    if len(orders) == 1:
+        text = orders[0]
+    elif draw < 0.1 and not says_posture:
+        text = f"{orders[0]} while {_list([_to_participle(order) for order in orders[1:]])}"
+    elif draw < 0.3 and _takes_with(orders[0]):
+        seen = _list(_tell(told[1:], "", the, rng))
+        text = f"{orders[0]} with {seen}" if rng.random() < 0.7 else f"with {seen}, {orders[0]}"
+    elif draw < 0.36:
+        text = f"{', '.join(orders[:-1])}, then {orders[-1]}"
+    elif draw < 0.4 and says_posture:
+        text = f"{orders[0]}, but {_list(orders[1:])}"
+    elif draw < 0.65 and frame == "{}":
+        return _as_sentence(". ".join(order[0].upper() + order[1:] for order in orders), rng)
+    else:
+        text = _list(orders, rng.random() < 0.85)
+    return _as_sentence(frame.format(text), rng)
+
+
+def _keep(told: list[Choice], says_posture: bool, rng: random.Random) -> str:
+    """ "Stay on one knee and keep the left arm raised." """
+    the = rng.choice(("the", "the", "your"))
+    stay = [f"{rng.choice(('stay', 'remain', 'be'))} {_posture(told[0], the, rng)}"] if says_posture else []
+    seen = _tell(told[says_posture:], "", the, rng)
+    if not seen:
+        return _as_sentence(stay[0], rng)
+    if len(seen) > 1 and rng.random() < 0.4:
+        doing = [_to_participle(_fill(_pick_order(choice, True, rng), the)) for choice in told[says_posture + 1 :]]
+        kept = f"keep {seen[0]} while {_list(doing)}"
+    else:
+        kept = f"{rng.choice(('keep', 'keep', 'have'))} {_list(seen)}"
+    return _as_sentence(_list([*stay, kept]), rng)
+
+
 def _takes_with(text: str) -> bool:
     """Whether what follows "with" would go with all of the text."""
     return " with " not in text and ", " not in text
 
 
 def _pick_order(choice: Choice, says_posture: bool, rng: random.Random) -> str:
-    """An order, but not to stand twice."""
-    options = [do for do in choice.do if not do.startswith("stand ")] if choice.part == "leg" and says_posture else ()
-    return rng.choice(options or choice.do)
+    """An order, but not to stand or sit twice."""
+    once = choice.limb == "leg" and says_posture
+    return rng.choice([do for do in choice.do if not (once and do.startswith(("stand ", "sit ")))] or choice.do)
 
 
 def _posture(posture: Choice, the: str, rng: random.Random) -> str:
@@ -269,7 +344,7 @@ def _tell(chosen: list[Choice], be: str, the: str, rng: random.Random) -> list[s
 
 
 def _fill(text: str, the: str) -> str:
-    return text.replace("{the}", the)
+    return text.replace("{the}", the) if the else text.replace("{the} ", "")
 
 
 def _list(texts: list[str], with_and: bool = True) -> str:
@@ -285,13 +360,15 @@ def _as_sentence(text: str, rng: random.Random) -> str:
     """With a capital and a full stop, or as people type."""
     if rng.random() < 0.15:
         return text
-    return text[0].upper() + text[1:] + ("" if rng.random() < 0.1 else ".")
+    return text[0].upper() + text[1:] + ("" if rng.random() < 0.1 or text.endswith("?") else ".")
 
 
 def _to_third(order: str) -> str:
     """ "raise the arm" as "raises the arm"."""
     verb, _, rest = order.partition(" ")
-    if re.search(r"(s|x|z|sh|ch|o)$", verb):
+    if verb == "have":
+        verb = "has"
+    elif re.search(r"(s|x|z|sh|ch|o)$", verb):
         verb += "es"
     else:
         verb = re.sub(r"([^aeiou])y$", r"\1ie", verb) + "s"
