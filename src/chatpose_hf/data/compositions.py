@@ -1,14 +1,13 @@
 """Poses put together from parts of others, told by their geometry: as many pairs of words and poses as are wanted."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..pose_files import remove_yaw, turn_frame
 from .near_duplicates import NEARLY_VAL, is_near
-from .source import Source
+from .source import DrawnSource
 from .synthetic import PoseSampler, load_captioner, load_sampler, load_val_poses, share_splits
 
 
@@ -18,7 +17,7 @@ _ARMS = ((13, 16, 18, 20), (14, 17, 19, 21))
 _OTHER_ARM_SHARE = 0.5
 
 
-class Compositions(Source):
+class Compositions(DrawnSource):
     """
     Poses as [`PoseSampler`] makes them of rows that `chatpose data` wrote, `SPLIT/PART.parquet` (the upper body of one, the
     legs of another, noise inside the joints' limits), where every second arm is that of one more pose; without heading, as
@@ -32,15 +31,7 @@ class Compositions(Source):
 
     name = "compositions"
     licence = "Put together by chatpose_hf; the poses keep the terms of the rows that they were made from"
-
-    def __init__(self, folder: str | Path, seed: int = 0, count: int = 100_000):
-        super().__init__(folder, seed)
-        if count < 1:
-            raise ValueError(f"expected at least 1 row, got {count}")
-        self.count = count
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "count": self.count}
+    default_count = 100_000
 
     def parts(self) -> list[str]:
         splits = share_splits(self.folder, -(-self.count // _ROWS_PER_PART))

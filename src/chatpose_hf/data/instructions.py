@@ -3,12 +3,11 @@
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .instruction_states import Choice, Grammar, draw_poses, load_grammar
 from .prompts import ANSWERS, TEXT_QUESTIONS, fill_template, make_parts
-from .source import BODY_ONLY_MASK, Source
+from .source import BODY_ONLY_MASK, DrawnSource
 
 
 _ROWS_PER_PART = 2000
@@ -85,7 +84,7 @@ class Plan(NamedTuple):
     rng: random.Random
 
 
-class Instructions(Source):
+class Instructions(DrawnSource):
     """
     Instructions as a user writes them ("Raise the left arm and bend the right knee."), with the pose that does what they
     say: a posture and up to three states of free parts, drawn from `GROUP.json`, arrays of states; see [`load_grammar`]. Parts
@@ -102,15 +101,7 @@ class Instructions(Source):
 
     name = "instructions"
     licence = "Apache-2.0, as the code"
-
-    def __init__(self, folder: str | Path, seed: int = 0, count: int = 100_000):
-        super().__init__(folder, seed)
-        if count < 1:
-            raise ValueError(f"expected at least 1 row, got {count}")
-        self.count = count
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "count": self.count}
+    default_count = 100_000
 
     def parts(self) -> list[str]:
         numbers = range(-(-self.count // _ROWS_PER_PART))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .prompts import DESCRIBING_KINDS, PLAIN_QUESTIONS, draw_messages, fill_template
-from .source import Source
+from .source import DrawnSource
 from .synthetic import share_splits
 
 
@@ -91,7 +91,7 @@ class _Described(NamedTuple):
     captions: list[list[dict]]
 
 
-class PoseChats(Source):
+class PoseChats(DrawnSource):
     """
     Chats about poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`: a pose is asked for by one of its captions,
     in half of the cases without the word SMPL; then others are, or the pose is told by another of its captions, or the talk
@@ -106,15 +106,7 @@ class PoseChats(Source):
 
     name = "pose-chats"
     licence = "Put together by chatpose_hf; poses and captions keep the terms of the rows that they were made from"
-
-    def __init__(self, folder: str | Path, seed: int = 0, count: int = 20_000):
-        super().__init__(folder, seed)
-        if count < 1:
-            raise ValueError(f"expected at least 1 row, got {count}")
-        self.count = count
-
-    def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "count": self.count}
+    default_count = 20_000
 
     def parts(self) -> list[str]:
         splits = share_splits(self.folder, -(-self.count // _ROWS_PER_PART))

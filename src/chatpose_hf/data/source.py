@@ -175,6 +175,28 @@ class Source(ABC):
         }
 
 
+class DrawnSource(Source):
+    """
+    Rows that are drawn from something, as many as are wanted.
+
+    Args:
+        folder (`str` or `Path`): what they are drawn from.
+        seed (`int`, *optional*, defaults to 0): for everything that is drawn.
+        count (`int`, *optional*, defaults to the source's `default_count`): how many.
+    """
+
+    default_count: ClassVar[int]
+
+    def __init__(self, folder: str | Path, seed: int = 0, count: int | None = None):
+        super().__init__(folder, seed)
+        self.count = self.default_count if count is None else count
+        if self.count < 1:
+            raise ValueError(f"expected at least 1 row, got {count}")
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        return {**super().settings(), "count": self.count}
+
+
 class PhotoSource(Source):
     """
     A data set of photos, of which each person is cut out by [`crop_person`].

@@ -17,7 +17,7 @@ from ..render import draw_bodies
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .captions import Captioner
 from .near_duplicates import NEARLY_VAL, is_near
-from .source import Source
+from .source import DrawnSource
 
 
 _PICTURES_PER_PART = 500
@@ -449,7 +449,7 @@ def _make_phrases(
     return phrases
 
 
-class SyntheticPeople(Source):
+class SyntheticPeople(DrawnSource):
     """
     Pictures of people in the poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`, changed as [`PoseSampler`]
     does; none of train is nearly a pose of the rows' val. Nine in ten show one person (task `"pose_estimation"`, captions of kind `"geometry"`); the others some people (task
@@ -464,18 +464,16 @@ class SyntheticPeople(Source):
 
     name = "synthetic"
     licence = "Rendered by chatpose_hf from a CC0 body; the poses keep the terms of the rows that they were made from"
+    default_count = 10_000
 
-    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 224, count: int = 10_000):
-        super().__init__(folder, seed)
-        if image_size < 16 or count < 1:
-            raise ValueError(
-                f"expected pictures of at least 16 pixels and at least 1 of them, got {image_size}, {count}"
-            )
+    def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 224, count: int | None = None):
+        super().__init__(folder, seed, count)
+        if image_size < 16:
+            raise ValueError(f"expected pictures of at least 16 pixels, got {image_size}")
         self.image_size = image_size
-        self.count = count
 
     def settings(self) -> dict[str, str | int | float | None]:
-        return {**super().settings(), "image_size": self.image_size, "count": self.count}
+        return {**super().settings(), "image_size": self.image_size}
 
     def parts(self) -> list[str]:
         splits = share_splits(self.folder, -(-self.count // _PICTURES_PER_PART))
