@@ -8,7 +8,7 @@ from make_rows import make_row, write_splits
 
 from chatpose_hf.data import pose_chats
 from chatpose_hf.data.pose_chats import PLAIN_QUESTIONS, UNRELATED, PoseChats, share, tell_limbs
-from chatpose_hf.data.prompts import redraw_messages
+from chatpose_hf.data.prompts import fill_template, redraw_messages
 from chatpose_hf.data.rows import validate_row
 
 
@@ -111,7 +111,7 @@ def test_plain_questions_then_are_many_and_each_holds_a_description_of_any_form(
     assert len(set(PLAIN_QUESTIONS)) >= 40
     for template in PLAIN_QUESTIONS:
         for text in ("A stiff salute.", "the left knee is bent"):
-            filled = pose_chats._fill(template, text)
+            filled = fill_template(template, text)
             assert text.rstrip(".") in filled
             assert not {"{", "}"} & set(filled)
             assert ".." not in filled

@@ -436,7 +436,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last_hidden_state = hidden_states[:, kept]
-        loss = ce_loss = pose_loss = pose_rotmats = None
+        logits = loss = ce_loss = pose_loss = pose_rotmats = None
+        if labels is None or not self.training:
+            logits = self.lm_head(last_hidden_state)
         if labels is not None:
             labels = labels.to(hidden_states.device)
             is_label = labels[:, 1:] != -100
@@ -444,16 +446,12 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             num_tokens = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch).clamp(
                 min=1
             )
-        if labels is not None and self.training:
-            # Questions and pictures have no labels, and are most of a row. One state more, as below.
-            states = torch.cat([hidden_states[:, :-1][is_label], hidden_states[:1, 0]])
-            targets = torch.cat([labels[:, 1:][is_label], labels.new_full((1,), -100)])
-            logits = None
-            told = {"logits": self.lm_head(states)[None], "labels": targets[None], "shift_labels": targets[None]}
-        else:
-            logits = self.lm_head(last_hidden_state)
             told = {"logits": logits, "labels": labels}
-        if labels is not None:
+            if self.training:
+                # Questions and pictures have no labels, and are most of a row. One state more, as below.
+                states = torch.cat([hidden_states[:, :-1][is_label], hidden_states[:1, 0]])
+                targets = torch.cat([labels[:, 1:][is_label], labels.new_full((1,), -100)])
+                told = {"logits": self.lm_head(states)[None], "labels": targets[None], "shift_labels": targets[None]}
             ce_loss = self.loss_function(
                 **told, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_tokens
             )

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from ..pose_files import remove_yaw, turn_frame
-from .near_duplicates import NEARLY_VAL, is_near
+from .near_duplicates import NEARLY_VAL
 from .source import DrawnSource
-from .synthetic import PoseSampler, load_captioner, load_sampler, load_val_poses, share_splits
+from .synthetic import PoseSampler, find_near_val, load_captioner, load_sampler, share_splits
 
 
 _ROWS_PER_PART = 2000
@@ -21,7 +21,8 @@ class Compositions(DrawnSource):
     """
     Poses as [`PoseSampler`] makes them of rows that `chatpose data` wrote, `SPLIT/PART.parquet` (the upper body of one, the
     legs of another, noise inside the joints' limits), where every second arm is that of one more pose; without heading, as
-    texts have none; none of train is nearly a pose of the rows' val. A row of task `"text_to_pose"` for each, with captions of kind `"geometry"`.
+    texts have none; none of train is nearly a pose of the rows' val. A row of task `"text_to_pose"` for each, with captions of
+    kind `"geometry"`.
 
     Args:
         folder (`str` or `Path`): the rows.
@@ -48,7 +49,7 @@ class Compositions(DrawnSource):
         )
         upright = remove_yaw(turn_frame(torch.from_numpy(poses), "z-up", inverse=True))
         turned = turn_frame(upright, "z-up").float()
-        near = is_near(turned, load_val_poses(self.folder)).tolist() if split == "train" else [False] * len(turned)
+        near = find_near_val(turned, self.folder, split).tolist()
         captions = load_captioner().captions(turned, [f"{self.seed}/{index}" for index in indices])
         for index, pose, mask, said, nearly in zip(indices, turned.numpy(), masks, captions, near, strict=True):
             if nearly:

@@ -143,7 +143,7 @@ def _draw_chat(captions: Sequence[list[dict]], split: str, seed: int, id: str) -
         question, answer = draw_messages("text_to_pose", [caption], 0, 1, seed=seed, id=f"{split}/{id}/{len(chosen)}")
         table = NEXT_QUESTIONS if len(chosen) > 1 else PLAIN_QUESTIONS
         if len(chosen) > 1 or rng.random() < _PLAIN_SHARE:
-            text = _fill(rng.choice(table), caption["text"])
+            text = fill_template(rng.choice(table), caption["text"])
             question["content"][0]["text"] = text.lower() if rng.random() < _HASTY_SHARE else text
         messages.extend([question, answer])
 
@@ -190,11 +190,6 @@ def tell_limbs(text: str, limbs: str) -> str:
     ]
     told = re.sub(r"^(Also|In addition), ", "", " ".join(kept))
     return told[:1].upper() + told[1:]
-
-
-def _fill(template: str, text: str) -> str:
-    phrase = fill_template("{phrase}", text)
-    return fill_template(template.replace("{phrase}", phrase), text)
 
 
 # Kept for the parts to come.

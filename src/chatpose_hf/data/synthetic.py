@@ -497,9 +497,11 @@ class SyntheticPeople(DrawnSource):
                 torch.from_numpy(np.stack([poses[0] for _, poses, *_ in sampled])),
                 [f"{self.seed}/{id}" for id, *_ in sampled],
             )
-            near = self._near_val([poses for _, poses, *_ in sampled], split)
-            for (id, poses, masks, rng), captions, nearly in zip(sampled, said, near, strict=True):
-                if nearly:
+            groups = [poses for _, poses, *_ in sampled]
+            near = find_near_val(torch.from_numpy(np.concatenate(groups)), self.folder, split)
+            near_groups = near.split([len(group) for group in groups])
+            for (id, poses, masks, rng), captions, nearly in zip(sampled, said, near_groups, strict=True):
+                if nearly.any():
                     self.skip(NEARLY_VAL, id)
                     continue
                 row = self._draw_row(id, poses, masks, rng, captions)
@@ -507,13 +509,6 @@ class SyntheticPeople(DrawnSource):
                     self.skip("nobody in the group can be told apart", id)
                 else:
                     yield row
-
-    def _near_val(self, groups: list[np.ndarray], split: str) -> list[bool]:
-        """Of each group of people, whether somebody of it is nearly one of val and may not be seen in train."""
-        if split != "train":
-            return [False] * len(groups)
-        near = is_near(torch.from_numpy(np.concatenate(groups)), load_val_poses(self.folder))
-        return [bool(part.any()) for part in near.split([len(group) for group in groups])]
 
     def _draw_row(
         self, id: str, poses: np.ndarray, masks: np.ndarray, rng: np.random.Generator, said: list[str]
@@ -585,8 +580,13 @@ def load_sampler(folder: Path, split: str) -> PoseSampler:
     return PoseSampler(all_poses[is_known], all_masks[is_known])
 
 
+def find_near_val(poses: Tensor, folder: Path, split: str) -> Tensor:
+    """Which poses `(N, 24, 3)` of a split are nearly ones of the rows' val and may not be there: `(N,)`, bool, none but of train."""
+    return is_near(poses, _load_val_poses(folder)) if split == "train" else torch.zeros(len(poses), dtype=torch.bool)
+
+
 @lru_cache(maxsize=2)
-def load_val_poses(folder: Path) -> Tensor:
+def _load_val_poses(folder: Path) -> Tensor:
     """The poses `(N, 24, 3)` of the split val of rows, none where there is no such split."""
     if not any(folder.glob("val/*.parquet")):
         return torch.zeros(0, 24, 3)
