@@ -72,6 +72,7 @@ LAYERS = {
     "data.prepare": 9,
     "batch_generate": 10,
     "checkpoints": 10,
+    "muon": 1,
     "collator": 10,
     "pose_losses": 10,
     "adapters": 10,

@@ -47,7 +47,7 @@ def test_draw_when_text_to_pose_then_every_question_and_answer_comes_up_and_hold
         questions.add(question_of(messages).replace("She kneels.", "{sent}").replace("She kneels", "{phrase}"))
         answers.add(answer_of(messages))
     more = {*prompts.MORE_TEXT_QUESTIONS, prompts.PHRASE_QUESTION}
-    assert questions == {*prompts.TEXT_QUESTIONS, *more, *prompts.PLAIN_QUESTIONS}
+    assert questions == {*prompts.TEXT_QUESTIONS, *more, *prompts.PLAIN_QUESTIONS, *prompts.BARE_QUESTIONS}
     assert answers == set(prompts.ANSWERS)
 
 

@@ -539,6 +539,7 @@ def test_the_command_trains_reloads_answers_and_publishes(desk, uninterrupted, t
         "--method full --train_sampling_strategy group_by_length",
         "--vision_layers 1 --vision_learning_rate 1e-5 --train_projector true",
         "--vision_layers -1 --method full --joint_error geodesic --joint_position_weight 0.5",
+        "--method full --muon_learning_rate 0.01 --vision_layers 1",
         "--use_dora true --use_rslora true --lora_targets q_proj up_proj --joint_error rot6d_l1 --joint_weights pelvis=2",
         "--early_stopping_patience 1 --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2 "
         "--load_best_model_at_end true --metric_for_best_model loss",
@@ -602,6 +603,41 @@ def test_the_vision_tower_has_its_own_learning_rate(desk, tmp_path):
     assert len(rates) == len(trained)
     for name, weight in trained.items():
         assert rates[id(weight)] == (1e-5 if "vision_tower" in name else 1e-3)
+
+
+def test_muon_steps_the_language_models_matrices_and_goes_on_bit_for_bit(desk, tmp_path):
+    text = f"{TEN_STEPS} --method full --learning_rate 0.001 --muon_learning_rate 0.003 --vision_layers 1"
+    assert train([*settings(desk, tmp_path / "whole", text), "--eval_data", str(desk / "rows")]) == 0
+    shutil.copytree(tmp_path / "whole", stopped := tmp_path / "stopped")
+    for step in (6, 8, 10):
+        shutil.rmtree(stopped / f"checkpoint-{step}", ignore_errors=True)
+    assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-4"]
+    assert train([*settings(desk, stopped, text), "--eval_data", str(desk / "rows"), "--resume"]) == 0
+    last = Path("checkpoint-10") / "model.safetensors"
+    assert (stopped / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+    processor = make_processor()
+    model = prepare_model(make_model(processor), TuningArguments(method="full", vision_layers=1))
+    rates = {"learning_rate": 1e-3, "muon_learning_rate": 1e-2, "vision_learning_rate": 1e-5}
+    args = ChatPoseTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **rates)
+    trainer = ChatPoseTrainer(model, args, processor, Mixture([load_rows(desk / "rows")], [1.0]))
+    groups = {id(w): group for group in trainer.create_optimizer().param_groups for w in group["params"]}
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    model(**ChatPoseCollator(processor)(make_rows(7))).loss.backward()
+    trainer.optimizer.step()
+    for name, weight in model.named_parameters():
+        is_muon = "language_model.layers." in name and weight.ndim == 2
+        assert not weight.requires_grad or ("momentum" in groups[id(weight)]) == is_muon, name
+        if is_muon:
+            assert groups[id(weight)]["lr"] == 1e-2
+            # Muon's steps are near orthogonal: all singular values of a size, which AdamW's are not.
+            values = torch.linalg.svdvals(weight.detach() - (1 - 1e-2 * args.weight_decay) * before[name])
+            assert values.min() > 0.3 * values.max(), name
+
+
+def test_muon_on_shards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Muon needs whole matrices"):
+        ChatPoseTrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard", muon_learning_rate=1e-3)
 
 
 def test_a_trained_vision_tower_on_processes_without_pictures(desk, whole_batch, tmp_path):

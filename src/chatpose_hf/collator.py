@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,55 +67,56 @@ class ChatPoseCollator:
         self.report_rows = report_rows
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
-        items: list[dict] = []
         report: dict[str, list] = {"rows": [], "skipped": [], "truncated": []}
-        for row in rows:
-            try:
-                item, is_cut = self._encode(row)
-            except Exception as error:  # chat templates raise whatever Jinja does, pictures whatever Pillow does
-                name = row.get("id") if isinstance(row, dict) else None
-                if self.on_bad_row == "stop":
-                    raise ValueError(
-                        f"cannot train on row {name!r}: {error}; mend or remove it, or leave such rows out with "
-                        "`on_bad_row=skip`, which counts them"
-                    ) from error
-                report["skipped"].append([str(name), str(error)])
-                continue
-            items.append(item)
-            report["rows"].append(row["id"])
-            report["truncated"] += [row["id"]] if is_cut else []
-        return self._collate(items or [self._stand_in()], report)
+        try:
+            encoded = self._encode(rows)  # together: half the time of one by one
+        except Exception:
+            encoded = []
+            for row in rows:
+                try:
+                    encoded += self._encode([row])
+                except Exception as error:  # chat templates raise whatever Jinja does, pictures whatever Pillow does
+                    name = row.get("id") if isinstance(row, dict) else None
+                    if self.on_bad_row == "stop":
+                        raise ValueError(
+                            f"cannot train on row {name!r}: {error}; mend or remove it, or leave such rows out with "
+                            "`on_bad_row=skip`, which counts them"
+                        ) from error
+                    report["skipped"].append([str(name), str(error)])
+        for item in encoded:
+            report["rows"].append(item["id"])
+            report["truncated"] += [item["id"]] if item["is_cut"] else []
+        return self._collate(encoded or [self._stand_in()], report)
 
-    def _encode(self, row: dict) -> tuple[dict[str, Tensor], bool]:
-        """A row's tensors, and whether its tail was cut off."""
-        validate_row(row)
-        images = iter(row["images"])
-        chat = [
-            {
-                "role": message["role"],
-                "content": [
-                    {"type": "image", "image": open_picture(next(images))} if part["type"] == "image" else part
-                    for part in message["content"]
-                ],
-            }
-            for message in row["messages"]
-        ]
+    def _encode(self, rows: Sequence[dict]) -> list[dict[str, Any]]:
+        """Rows' tensors, `id`, and `is_cut`, whether its tail was cut off."""
+        for row in rows:
+            validate_row(row)
+        chats = [_open_pictures(row) for row in rows]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
-        batch = self.processor.apply_chat_template(chat, **options)
-        input_ids = batch["input_ids"][0]
-        labels = input_ids.masked_fill(batch["assistant_masks"][0] == 0, -100)
-        is_cut = self.max_length is not None and len(input_ids) > self.max_length
-        if is_cut:
-            input_ids, labels = self._cut(input_ids, labels)
-        item = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "pose_rotvecs": torch.from_numpy(np.array(row["poses"], dtype=np.float32)).view(-1, NUM_JOINTS, 3),
-            "pose_mask": torch.from_numpy(np.array(row["pose_mask"], dtype=np.int32)).view(-1, NUM_JOINTS),
-        }
-        if "pixel_values" in batch:
-            item["pixel_values"] = batch["pixel_values"]
-        return item, is_cut
+        batch = self.processor.apply_chat_template(chats, padding=True, **options)
+        items = []
+        first_image = 0
+        for number, row in enumerate(rows):
+            is_real = batch["attention_mask"][number] == 1
+            input_ids = batch["input_ids"][number][is_real]
+            labels = input_ids.masked_fill(batch["assistant_masks"][number][is_real] == 0, -100)
+            is_cut = self.max_length is not None and len(input_ids) > self.max_length
+            if is_cut:
+                input_ids, labels = self._cut(input_ids, labels)
+            item = {
+                "id": row["id"],
+                "is_cut": is_cut,
+                "input_ids": input_ids,
+                "labels": labels,
+                "pose_rotvecs": torch.from_numpy(np.array(row["poses"], dtype=np.float32)).view(-1, NUM_JOINTS, 3),
+                "pose_mask": torch.from_numpy(np.array(row["pose_mask"], dtype=np.int32)).view(-1, NUM_JOINTS),
+            }
+            if row["images"]:
+                item["pixel_values"] = batch["pixel_values"][first_image : first_image + len(row["images"])]
+                first_image += len(row["images"])
+            items.append(item)
+        return items
 
     def _cut(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rest_ids, rest_labels = input_ids[self.max_length :], labels[self.max_length :]
@@ -133,7 +135,7 @@ class ChatPoseCollator:
             )
         return input_ids[: self.max_length], labels[: self.max_length]
 
-    def _stand_in(self) -> dict[str, Tensor]:
+    def _stand_in(self) -> dict[str, Any]:
         """In place of a batch of bad rows: two tokens that are no labels."""
         nothing = torch.full((2,), self.processor.tokenizer.pad_token_id)
         return {
@@ -143,7 +145,7 @@ class ChatPoseCollator:
             "pose_mask": torch.zeros(0, NUM_JOINTS, dtype=torch.int),
         }
 
-    def _collate(self, items: list[dict[str, Tensor]], report: dict[str, list]) -> dict[str, Tensor]:
+    def _collate(self, items: list[dict[str, Any]], report: dict[str, list]) -> dict[str, Tensor]:
         ids = [item["input_ids"] for item in items]
         pad_token_id = self.processor.tokenizer.pad_token_id
         pose_rotvecs = torch.cat([item["pose_rotvecs"] for item in items])
@@ -170,6 +172,21 @@ class ChatPoseCollator:
 def read_report(row_report: Tensor) -> dict[str, list]:
     """Of a batch's `row_report`: `rows`, the ids; `skipped`, ids and reasons; `truncated`, ids."""
     return json.loads(bytes(row_report.tolist()))
+
+
+def _open_pictures(row: dict) -> list[dict]:
+    """A row's messages with the pictures in their places."""
+    images = iter(row["images"])
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": open_picture(next(images))} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in row["messages"]
+    ]
 
 
 def open_picture(image: Image.Image | dict) -> Image.Image:

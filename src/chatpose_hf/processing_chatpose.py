@@ -317,7 +317,7 @@ class ChatPoseProcessor(LlavaProcessor):
                     parts.append(part)
             message["content"] = parts
 
-    def _answer_spans(self, row: int, chat: list[dict], chat_template) -> tuple[str, list[tuple[int, int]]]:
+    def _answer_spans(self, row: int, chat: list[dict], chat_template, header: str) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat and where its answers stand, end tokens included."""
 
         def render(messages, **options):
@@ -327,12 +327,11 @@ class ChatPoseProcessor(LlavaProcessor):
         answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
         if not answers:
             return text, []
-        question = chat[: answers[0]] or [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-        header = render(question, add_generation_prompt=True)[len(render(question)) :]
-        spans = []
+        spans, end = [], 0
         for index in answers:
-            start = len(render(chat[:index])) if index else 0
-            end = len(render(chat[: index + 1]))
+            # Rendering is most of the time that a row takes: nothing is rendered twice.
+            start = end if index and chat[index - 1]["role"] == "assistant" else len(render(chat[:index])) if index else 0
+            end = len(text) if index + 1 == len(chat) else len(render(chat[: index + 1]))
             if not text[start:end].startswith(header):
                 raise ValueError(
                     f"cannot find the answer in message {index} of row {row}: the chat template does not begin it with "
@@ -342,25 +341,34 @@ class ChatPoseProcessor(LlavaProcessor):
             spans.append((start + len(header), turn_end + len(self.tokenizer.eos_token) if turn_end >= 0 else end))
         return text, spans
 
+    def _answer_header(self, chat_template) -> str:
+        """What a template asks for an answer with."""
+        question = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+        without, asking = (
+            super(ChatPoseProcessor, self).apply_chat_template(question, chat_template, add_generation_prompt=asks)
+            for asks in (False, True)
+        )
+        return asking[len(without) :]
+
     def _add_assistant_masks(self, output, chats: list[list[dict]], chat_template) -> None:
         """
         Marks the answers' tokens: found by their characters in the text before pictures are expanded, where each
         `<image>` is one token, then spread over the expanded rows. (transformers up to 5.17 marks nothing in chats
         with pictures, and needs marks in the template.)
         """
-        masks = []
-        for row, chat in enumerate(chats):
-            text, spans = self._answer_spans(row, chat, chat_template)
-            bos = self.tokenizer.bos_token
-            tokens = self.tokenizer(
-                text, return_offsets_mapping=True, add_special_tokens=not (bos and text.startswith(bos))
-            )
+        header, masks = self._answer_header(chat_template), []
+        answers = [self._answer_spans(row, chat, chat_template, header) for row, chat in enumerate(chats)]
+        bos, texts = self.tokenizer.bos_token, [text for text, _ in answers]
+        has_bos = bool(bos) and all(text.startswith(bos) for text in texts)
+        tokens = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not has_bos)
+        for row, (_, spans) in enumerate(answers):
+            token_ids, offsets = tokens["input_ids"][row], tokens["offset_mapping"][row]
             ids = torch.as_tensor(output["input_ids"][row])
             real = torch.as_tensor(output["attention_mask"][row]).bool()
-            num_images = tokens["input_ids"].count(self.image_token_id)
+            num_images = token_ids.count(self.image_token_id)
             per_image = int((ids == self.image_token_id).sum()) // max(num_images, 1)
             mask = []
-            for token_id, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            for token_id, (start, end) in zip(token_ids, offsets, strict=True):
                 is_answer = any(start < span_end and end > span_start for span_start, span_end in spans)
                 mask += [int(is_answer)] * (per_image if token_id == self.image_token_id else 1)
             if len(mask) != int(real.sum()):

@@ -26,6 +26,7 @@ from .card import make_card
 from .checkpoints import SealedCheckpoints
 from .collator import ON_BAD_ROW, ChatPoseCollator, read_report
 from .data.mixture import Mixture
+from .muon import MuonAdamW
 from .processing_chatpose import ChatPoseProcessor
 from .rotations import geodesic_distance
 
@@ -49,6 +50,8 @@ class ChatPoseTrainingArguments(TrainingArguments):
         max_length (`int`, *optional*): most tokens of a row; see [`ChatPoseCollator`].
         on_bad_row (`str`, *optional*, defaults to `"stop"`): `"stop"` or `"skip"`; see [`ChatPoseCollator`].
         vision_learning_rate (`float`, *optional*): of the vision tower, where it is trained; `learning_rate` by default.
+        muon_learning_rate (`float`, *optional*):
+            Steps the matrices of the language model's layers by Muon ([`MuonAdamW`]), at this rate; all else by AdamW.
         body (`str`, *optional*, defaults to `"default"`): the body whose joints the evaluation measures.
     """
 
@@ -63,6 +66,9 @@ class ChatPoseTrainingArguments(TrainingArguments):
     max_length: int | None = field(default=None, metadata={"help": "most tokens of a row, image tokens included"})
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip: rows that cannot be trained on"})
     vision_learning_rate: float | None = field(default=None, metadata={"help": "of the vision tower"})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the language model's matrices, by Muon (default: AdamW for all)"}
+    )
     body: str = field(default="default", metadata={"help": "body of the evaluation's millimetres"})
 
     def __post_init__(self):
@@ -73,6 +79,8 @@ class ChatPoseTrainingArguments(TrainingArguments):
             raise ValueError("expected `remove_unused_columns=False`: the collator needs all columns of a row")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"expected `on_bad_row` of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
+        if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
+            raise ValueError("expected no `muon_learning_rate` with FSDP or DeepSpeed: Muon needs whole matrices")
         # Ours stops at the first loss that is not finite; the Trainer's would hide it.
         self.logging_nan_inf_filter = False
 
@@ -293,18 +301,31 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
     # -- training --
 
     def create_optimizer(self, model=None):
-        """With the vision tower's own learning rate."""
+        """With the rates that the vision tower and Muon's matrices have of their own."""
         super().create_optimizer(model)
-        rate = self.args.vision_learning_rate
-        if rate is not None:
-            named = (self.model if model is None else model).named_parameters()
-            vision = {id(weight) for name, weight in named if ".vision_tower." in name}
-            for group in list(self.optimizer.param_groups):
-                own = [weight for weight in group["params"] if id(weight) in vision]
-                if own:
-                    group["params"] = [weight for weight in group["params"] if id(weight) not in vision]
-                    self.optimizer.add_param_group({**group, "params": own, "lr": rate})
+        named = dict((self.model if model is None else model).named_parameters())
+        if self.args.vision_learning_rate is not None:
+            vision = self._take({id(weight) for name, weight in named.items() if ".vision_tower." in name})
+            for group in vision:
+                self.optimizer.add_param_group({**group, "lr": self.args.vision_learning_rate})
+        if self.args.muon_learning_rate is not None:
+            layers = {id(w) for name, w in named.items() if ".language_model.layers." in name and w.ndim == 2}
+            matrices = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._take(layers)]
+            rest = [group for group in self.optimizer.param_groups if group["params"]]
+            self.optimizer = MuonAdamW(
+                [{**group, "lr": self.args.muon_learning_rate} for group in matrices], rest, self.args.learning_rate
+            )
         return self.optimizer
+
+    def _take(self, ids: set[int]) -> list[dict]:
+        """Takes weights out of the optimizer's groups, and returns them in groups of the same settings."""
+        taken = []
+        for group in self.optimizer.param_groups:
+            own = [weight for weight in group["params"] if id(weight) in ids]
+            if own:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in ids]
+                taken.append({**group, "params": own})
+        return taken
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; keeps what `log` reports."""

@@ -54,10 +54,12 @@ MORE_IMAGE_QUESTIONS = (
 )
 # The paper's form of text-to-pose, SPG and RPE
 PHRASE_QUESTION = "{phrase}, can you give the SMPL pose of this person?"
-# Ours: as people ask who never heard of SMPL. They read well with a sentence, with several and with a few words in the place of `{sent}` (with a full stop) or `{phrase}`;
-# the bare words stand twice, since many type nothing else.
+# Ours: nothing but the words
+BARE_QUESTIONS = ("{phrase}", "{sent}")
+# Ours: as people ask who never heard of SMPL. They read well with a sentence, with several and with a few words in the place of
+# `{sent}` (with a full stop) or `{phrase}`.
 PLAIN_QUESTIONS = (
-    "{phrase}", "{phrase}", "{sent}", "{sent}", "Show me this: {sent}", "Show me what this looks like: {sent}",
+    "Show me this: {sent}", "Show me what this looks like: {sent}",
     "Show this pose: {sent}", "Can you show me this? {sent}", "Can you pose the figure like this? {sent}",
     "Pose the figure like this: {sent}", "Please pose a body for me: {sent}", "Pose please: {phrase}",
     "pose: {phrase}", "Draw this person: {sent}", "Draw a body for these words: {sent}",
@@ -83,7 +85,7 @@ PLAIN_IMAGE_QUESTIONS = (
     "Can you make the pose of this person?", "Make a mannequin that stands like this person.", "Get the pose.",
 )
 PLAIN_IMAGE_TEXT_QUESTIONS = (
-    "{phrase}", "{sent}", "Show me this person in 3D: {phrase}", "The pose of this one: {phrase}",
+    "Show me this person in 3D: {phrase}", "The pose of this one: {phrase}",
     "What is the pose of this person? {sent}", "I mean this one: {phrase}", "{sent} Copy the pose.",
 )
 # ANSWER_LIST
@@ -128,7 +130,8 @@ _QUESTIONS = {  # of each task: the original's, more of its kind, plain ones
     "spg": (TEXT_QUESTIONS, (PHRASE_QUESTION,), PLAIN_QUESTIONS),
     "rpe": (IMAGE_TEXT_QUESTIONS, (PHRASE_QUESTION,), PLAIN_IMAGE_TEXT_QUESTIONS),
 }
-_MORE_SHARE, _PLAIN_SHARE = 0.2, 0.2  # of the questions that are none of those the original trained on
+# Of the questions that are none of those the original trained on: of its kind, plain ones, the bare words.
+_MORE_SHARE, _PLAIN_SHARE, _BARE_SHARE = 0.1, 0.25, 0.25
 _EXPLAINED_SHARE = 0.2  # of the rows that have an explanation to give
 
 
@@ -217,8 +220,12 @@ def draw_messages(
     else:
         questions, more_questions, plain_questions = _QUESTIONS[task]
         share = rng.random()
-        if share < _MORE_SHARE + _PLAIN_SHARE:
-            questions = more_questions if share < _MORE_SHARE else plain_questions
+        if share < _MORE_SHARE:
+            questions = more_questions
+        elif share < _MORE_SHARE + _PLAIN_SHARE:
+            questions = plain_questions
+        elif share < _MORE_SHARE + _PLAIN_SHARE + _BARE_SHARE:
+            questions = BARE_QUESTIONS if asked else plain_questions
         question = fill_template(rng.choice(questions), asked)
         answer = rng.choice(ANSWERS)
     return _make_messages(num_images, question, answer)
