@@ -26,7 +26,7 @@ studio = lru_cache(maxsize=1)(Studio)
 
 
 def draw(task):
-    """One picture's tensors; None where its pose is nearly one of val."""
+    """One picture's arrays; None where its pose is nearly one of val."""
     folders, split, size, number = task
     rng = np.random.default_rng([7, split == "train", number])
     folder = Path(rng.choice(folders))
@@ -34,15 +34,14 @@ def draw(task):
     if find_near_val(torch.from_numpy(pose)[None].float(), folder, split).any():
         return None
     scene = studio().draw(pose[None], rng, size)
-    pose = torch.from_numpy(scene.people[0].pose).float()
-    joints = studio().body.joints(pose[None])[0, :NUM_JOINTS].numpy() + scene.translations[0]
+    pose = scene.people[0].pose.astype(np.float32)
+    joints = studio().body.joints(torch.from_numpy(pose)[None])[0, :NUM_JOINTS].numpy() + scene.translations[0]
     points = joints[:, :2] / joints[:, 2:] * scene.focal + scene.center
     middles = np.arange(CELL // 2, size, CELL)
     cells = np.stack(np.meshgrid(middles, middles), axis=-1)
     nearest = np.linalg.norm(cells[:, :, None] - points, axis=-1).argmin(-1) + 1
     parts = np.where(scene.owners[CELL // 2 :: CELL, CELL // 2 :: CELL] >= 0, nearest, 0).astype(np.uint8)
-    points = torch.from_numpy(points / size * 2 - 1).float()
-    return torch.from_numpy(np.array(scene.image)), pose, points, torch.from_numpy(parts)
+    return np.array(scene.image), pose, (points / size * 2 - 1).astype(np.float32), parts
 
 
 def main() -> None:
@@ -59,8 +58,9 @@ def main() -> None:
         drawn = list(tqdm(pool.imap(draw, tasks, chunksize=25), total=options.count))
     drawn = [picture for picture in drawn if picture is not None]
     print(f"{options.count - len(drawn)} of {options.count} poses were nearly poses of val and are left out")
-    names = ("pixels", "poses", "points", "parts")
-    tensors = {name: torch.stack(values) for name, values in zip(names, zip(*drawn, strict=True), strict=True)}
+    tensors = {}
+    for name, arrays in zip(("pixels", "poses", "points", "parts"), zip(*drawn, strict=True), strict=True):
+        tensors[name] = torch.from_numpy(np.stack(arrays))
     save_file(tensors, f"{options.output}.partial")
     os.replace(f"{options.output}.partial", options.output)
 
