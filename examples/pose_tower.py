@@ -22,7 +22,9 @@ class PoseTower(nn.Module):
         angles = torch.arange(GRID)[:, None] * 8 ** (torch.arange(size // 4) / (size // 4)) * 1.5 / GRID
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
         places = torch.cat([waves.repeat(GRID, 1), waves.repeat_interleave(GRID, 0)], dim=1)
-        (embedding,) = (weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight"))
+        (embedding,) = (
+            weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight")
+        )
         embedding.data[1:] = places / 2  # as strong as what is seen
         self.parts = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, CELLS**2 * (JOINTS + 1))) for _ in "12"

@@ -89,10 +89,11 @@ def main() -> None:
             subprocess.run([sys.executable, str(EXAMPLES / script), result, *arguments], check=True)
     if not Path("base/model.safetensors").exists():
         make_base()
+    # Two processes of half the cores: a step takes two thirds of the time of one process.
+    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "chatpose_hf.cli", "train"]
     for name, folder in (("chatpose_tiny_words", "words"), ("chatpose_tiny", "run")):
-        done = Path(f"{folder}/model.safetensors").exists()
-        if not done and chatpose(["train", str(EXAMPLES / "configs" / f"{name}.yaml"), "--resume"]):
-            raise SystemExit("training did not end; call again to go on")
+        if not Path(f"{folder}/model.safetensors").exists():
+            subprocess.run([*train, str(EXAMPLES / "configs" / f"{name}.yaml"), "--resume"], check=True)
     write_release()
 
 

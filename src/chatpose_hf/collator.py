@@ -94,7 +94,7 @@ class ChatPoseCollator:
             validate_row(row)
         chats = [_open_pictures(row) for row in rows]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
-        batch = self.processor.apply_chat_template(chats, padding=True, **options)
+        batch = self.processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
         items = []
         first_image = 0
         for number, row in enumerate(rows):
