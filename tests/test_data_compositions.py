@@ -77,7 +77,7 @@ def test_rows_then_depend_on_seed_and_number_alone(rows):
 
 
 def test_val_then_is_made_of_val(rows, monkeypatch):
-    monkeypatch.setattr("chatpose_hf.data.compositions._ROWS_PER_PART", 2)
+    monkeypatch.setattr(Compositions, "rows_per_part", 2)
     source = Compositions(rows, count=40)
     assert [part for part in source.parts() if part.startswith("val")] == ["val/00019"]
     (heads,) = np.array([row["poses"][0][15][:1] for row in source.rows("val/00019")]).T

@@ -7,8 +7,8 @@ import pytest
 from make_rows import make_row, write_splits
 
 from chatpose_hf.data import pose_chats
-from chatpose_hf.data.pose_chats import PLAIN_QUESTIONS, UNRELATED, PoseChats, share, tell_limbs
-from chatpose_hf.data.prompts import fill_template, redraw_messages
+from chatpose_hf.data.pose_chats import UNRELATED, PoseChats, share, tell_limbs
+from chatpose_hf.data.prompts import PLAIN_QUESTIONS, fill_template, redraw_messages
 from chatpose_hf.data.rows import validate_row
 
 

@@ -20,7 +20,9 @@ class MuonAdamW(Optimizer):
         kwargs: AdamW's own, such as `betas`.
     """
 
-    def __init__(self, muon_groups: Iterable[dict[str, Any]], adamw_groups: Iterable[dict[str, Any]], lr: float, **kwargs):
+    def __init__(
+        self, muon_groups: Iterable[dict[str, Any]], adamw_groups: Iterable[dict[str, Any]], lr: float, **kwargs
+    ):
         muon = Muon([dict(group) for group in muon_groups], lr, adjust_lr_fn="match_rms_adamw")
         self._parts: tuple[Optimizer, Optimizer] = (muon, AdamW([dict(group) for group in adamw_groups], lr, **kwargs))
         self._num_muon_groups = len(muon.param_groups)

@@ -317,7 +317,9 @@ class ChatPoseProcessor(LlavaProcessor):
                     parts.append(part)
             message["content"] = parts
 
-    def _answer_spans(self, row: int, chat: list[dict], chat_template, header: str) -> tuple[str, list[tuple[int, int]]]:
+    def _answer_spans(
+        self, row: int, chat: list[dict], chat_template, header: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat and where its answers stand, end tokens included."""
 
         def render(messages, **options):
@@ -330,7 +332,9 @@ class ChatPoseProcessor(LlavaProcessor):
         spans, end = [], 0
         for index in answers:
             # Rendering is most of the time that a row takes: nothing is rendered twice.
-            start = end if index and chat[index - 1]["role"] == "assistant" else len(render(chat[:index])) if index else 0
+            start = (
+                end if index and chat[index - 1]["role"] == "assistant" else len(render(chat[:index])) if index else 0
+            )
             end = len(text) if index + 1 == len(chat) else len(render(chat[: index + 1]))
             if not text[start:end].startswith(header):
                 raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
+from .prompts import make_messages
 from .source import Source, load_json
 
 
@@ -57,8 +58,7 @@ class Chats(Source):
                 question = said.question
                 if split == "train" and rng.random() < _HASTY_SHARE:
                     question = _write_hastily(question, rng)
-                for role, text in (("user", question), ("assistant", rng.choice(said.answers))):
-                    messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+                messages += make_messages(question, rng.choice(said.answers))
             yield self.make_row(f"{part}/{number:05}", "vqa", messages=messages)
 
     def _themes(self) -> list[str]:

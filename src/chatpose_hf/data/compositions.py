@@ -7,17 +7,16 @@ import torch
 
 from ..pose_files import remove_yaw, turn_frame
 from .near_duplicates import NEARLY_VAL
-from .source import DrawnSource
-from .synthetic import PoseSampler, find_near_val, load_captioner, load_sampler, share_splits
+from .source import DrawnFromRows
+from .synthetic import PoseSampler, find_near_val, load_captioner, load_sampler
 
 
-_ROWS_PER_PART = 2000
 # Collar, shoulder, elbow and wrist, of each side.
 _ARMS = ((13, 16, 18, 20), (14, 17, 19, 21))
 _OTHER_ARM_SHARE = 0.5
 
 
-class Compositions(DrawnSource):
+class Compositions(DrawnFromRows):
     """
     Poses as [`PoseSampler`] makes them of rows that `chatpose data` wrote, `SPLIT/PART.parquet` (the upper body of one, the
     legs of another, noise inside the joints' limits), where every second arm is that of one more pose; without heading, as
@@ -34,15 +33,9 @@ class Compositions(DrawnSource):
     licence = "Put together by chatpose_hf; the poses keep the terms of the rows that they were made from"
     default_count = 100_000
 
-    def parts(self) -> list[str]:
-        splits = share_splits(self.folder, -(-self.count // _ROWS_PER_PART))
-        return [f"{split}/{number:05}" for number, split in enumerate(splits)]
-
     def read_part(self, part: str) -> Iterator[dict]:
-        split, number = part.split("/")
+        split, indices = part.split("/")[0], self.indices(part)
         sampler = load_sampler(self.folder, split)
-        first = int(number) * _ROWS_PER_PART
-        indices = range(first, min(first + _ROWS_PER_PART, self.count))
         poses, masks = map(
             np.stack,
             zip(*(compose(sampler, np.random.default_rng([self.seed, index])) for index in indices), strict=True),

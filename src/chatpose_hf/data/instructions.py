@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .instruction_states import Choice, Grammar, draw_poses, load_grammar
-from .prompts import ANSWERS, TEXT_QUESTIONS, fill_template, make_parts
+from .prompts import ANSWERS, TEXT_QUESTIONS, fill_template, make_messages
 from .source import BODY_ONLY_MASK, DrawnSource
 
 
-_ROWS_PER_PART = 2000
-_VAL_EVERY = 20  # one part in so many is of the split val
 _CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE = 0.15, 0.3, 0.3
 _STANDING_SHARE, _SAID_SHARE = 0.55, 0.4
 _WEIGHTS = {"arm": 8, "leg": 5, "head": 2, "torso": 2}  # how often a part is spoken of, by the last word of its name
@@ -103,14 +101,9 @@ class Instructions(DrawnSource):
     licence = "Apache-2.0, as the code"
     default_count = 100_000
 
-    def parts(self) -> list[str]:
-        numbers = range(-(-self.count // _ROWS_PER_PART))
-        return [f"{'val' if n % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{n:05}" for n in numbers]
-
     def read_part(self, part: str) -> Iterator[dict[str, Any]]:
         grammar = load_grammar(self.folder)
-        first = int(part.split("/")[1]) * _ROWS_PER_PART
-        indices = range(first, min(first + _ROWS_PER_PART, self.count))
+        indices = self.indices(part)
         plans = [draw_plan(grammar, random.Random(f"{self.seed}/{index}")) for index in indices]
         drawn, faults = draw_poses(grammar, [(plan.poses, plan.rng) for plan in plans])
         for index, plan, poses, fault in zip(indices, plans, drawn, faults, strict=True):
@@ -120,15 +113,10 @@ class Instructions(DrawnSource):
                 texts = [("human", text) for text in plan.texts]
                 yield self.make_row(f"{index:08}", "text_to_pose", poses, texts, pose_mask=BODY_ONLY_MASK)
             else:
-                messages = [message for text in plan.texts for message in _make_turn(plan.rng, text)]
+                messages = [
+                    message for text in plan.texts for message in make_messages(text, plan.rng.choice(ANSWERS))
+                ]
                 yield self.make_row(f"{index:08}", "text_to_pose", poses, pose_mask=BODY_ONLY_MASK, messages=messages)
-
-
-def _make_turn(rng: random.Random, text: str) -> list[dict[str, Any]]:
-    return [
-        {"role": "user", "content": [{"type": "text", "text": text}]},
-        {"role": "assistant", "content": make_parts(rng.choice(ANSWERS))},
-    ]
 
 
 def draw_plan(grammar: Grammar, rng: random.Random) -> Plan:

@@ -10,9 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from .prompts import DESCRIBING_KINDS, PLAIN_QUESTIONS, draw_messages, fill_template
-from .source import DrawnSource
-from .synthetic import share_splits
+from .prompts import (
+    DESCRIBING_KINDS,
+    draw_messages,
+    fill_template,
+    make_messages,
+)
+from .source import DrawnFromRows
 
 
 # fmt: off
@@ -77,9 +81,8 @@ UNRELATED = (
     "What does the word lumbar mean?", "How tall is the tower in Pisa?", "Set a timer.", "Why do cats purr?",
 )
 # fmt: on
-_ROWS_PER_PART = 500  # so that one part in twenty, which is val, is there by default
 _HELD_OUT = 4  # every fourth of the talk beside poses is val's alone
-_SINGLE_SHARE, _PLAIN_SHARE, _OPENING_SHARE, _HASTY_SHARE = 0.3, 0.5, 0.2, 0.1
+_SINGLE_SHARE, _OPENING_SHARE, _HASTY_SHARE = 0.3, 0.2, 0.1
 _FOLLOWING = {"pose": 0.3, "describe": 0.25, "limbs": 0.15, "unrelated": 0.18, "thanks": 0.12}
 
 
@@ -91,7 +94,7 @@ class _Described(NamedTuple):
     captions: list[list[dict]]
 
 
-class PoseChats(DrawnSource):
+class PoseChats(DrawnFromRows):
     """
     Chats about poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`: a pose is asked for by one of its captions,
     in half of the cases without the word SMPL; then others are, or the pose is told by another of its captions, or the talk
@@ -107,16 +110,12 @@ class PoseChats(DrawnSource):
     name = "pose-chats"
     licence = "Put together by chatpose_hf; poses and captions keep the terms of the rows that they were made from"
     default_count = 20_000
-
-    def parts(self) -> list[str]:
-        splits = share_splits(self.folder, -(-self.count // _ROWS_PER_PART))
-        return [f"{split}/{number:05}" for number, split in enumerate(splits)]
+    rows_per_part = 500  # so that one part in twenty, which is val, is there by default
 
     def read_part(self, part: str) -> Iterator[dict]:
-        split, number = part.split("/")
+        split = part.split("/")[0]
         described = _load_described(self.folder, split)
-        first = int(number) * _ROWS_PER_PART
-        for index in range(first, min(first + _ROWS_PER_PART, self.count)):
+        for index in self.indices(part):
             id = f"{index:08}"
             messages, chosen = _draw_chat(described.captions, split, self.seed, id)
             row = self.make_row(id, "text_to_pose", described.poses[chosen], messages=messages)
@@ -131,8 +130,7 @@ def _draw_chat(captions: Sequence[list[dict]], split: str, seed: int, id: str) -
     told: list[str] = []  # of the last pose; first the caption that it was asked by
 
     def say(question: str, answer: str) -> None:
-        for role, text in (("user", question), ("assistant", answer)):
-            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+        messages.extend(make_messages(question, answer))
 
     def ask_pose() -> None:
         chosen.append(rng.randrange(len(captions)))
@@ -141,9 +139,8 @@ def _draw_chat(captions: Sequence[list[dict]], split: str, seed: int, id: str) -
         caption = rng.choice([caption for caption in captions[chosen[-1]] if caption["kind"] == kind])
         told[:] = [caption["text"]]
         question, answer = draw_messages("text_to_pose", [caption], 0, 1, seed=seed, id=f"{split}/{id}/{len(chosen)}")
-        table = NEXT_QUESTIONS if len(chosen) > 1 else PLAIN_QUESTIONS
-        if len(chosen) > 1 or rng.random() < _PLAIN_SHARE:
-            text = fill_template(rng.choice(table), caption["text"])
+        if len(chosen) > 1:
+            text = fill_template(rng.choice(NEXT_QUESTIONS), caption["text"])
             question["content"][0]["text"] = text.lower() if rng.random() < _HASTY_SHARE else text
         messages.extend([question, answer])
 
@@ -207,7 +204,9 @@ def _load_described(folder: Path, split: str) -> _Described:
             table = pq.read_table(path, columns=["poses", "pose_mask", "captions"], filters=[("task", "!=", "spg")])
         except (OSError, ValueError) as error:  # Arrow's errors are these
             raise ValueError(f"expected rows in {path}, as `chatpose data` writes them: {error}") from error
-        for batch in table.to_batches(max_chunksize=_ROWS_PER_PART):  # Python's lists of all rows would take gigabytes
+        for batch in table.to_batches(
+            max_chunksize=PoseChats.rows_per_part
+        ):  # Python's lists of all rows would take gigabytes
             for row in batch.to_pylist():
                 describing = [caption for caption in row["captions"] if caption["kind"] in DESCRIBING_KINDS]
                 if describing and len(row["poses"]) == 1 and any(row["pose_mask"][0]):

@@ -203,7 +203,7 @@ def draw_messages(
         phrases = need(by_kind.get("phrase", []), "captions of kind `phrase`")
         if len(phrases) != num_poses:
             raise ValueError(f"expected a phrase for each of the {num_poses} poses of row {id!r}, got {len(phrases)}")
-        return _make_messages(num_images, _draw_group_question(rng, phrases), _draw_group_answer(rng, phrases))
+        return make_messages(_draw_group_question(rng, phrases), _draw_group_answer(rng, phrases), num_images)
 
     if task == "text_to_pose":
         asked = rng.choice(rng.choice(need(descriptions, _DESCRIPTION)))
@@ -228,7 +228,7 @@ def draw_messages(
             questions = BARE_QUESTIONS if asked else plain_questions
         question = fill_template(rng.choice(questions), asked)
         answer = rng.choice(ANSWERS)
-    return _make_messages(num_images, question, answer)
+    return make_messages(question, answer, num_images)
 
 
 def redraw_messages(row: dict, seed: int, epoch: int) -> dict:
@@ -252,7 +252,8 @@ def make_parts(text: str) -> list[dict]:
     return parts
 
 
-def _make_messages(num_images: int, question: str, answer: str) -> list[dict]:
+def make_messages(question: str, answer: str, num_images: int = 0) -> list[dict]:
+    """A turn of a chat: a question after so many pictures, and an answer, in which `<POSE>` is a pose."""
     images = [{"type": "image", "text": None} for _ in range(num_images)]
     return [
         {"role": "user", "content": [*images, {"type": "text", "text": question}]},

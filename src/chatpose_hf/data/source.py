@@ -18,6 +18,7 @@ from .rows import NUM_JOINTS, RowError, validate_row
 
 _MAX_EXAMPLES = 5  # names kept for each reason to skip
 _NUM_BETAS = 10
+_VAL_EVERY = 20  # one part in so many of what is drawn is of the split val
 _GENDERS = {name[:length]: name for name in ("male", "female", "neutral") for length in (1, len(name))}
 # The fingers of SMPL-H and the marker sets of motion capture say nothing about SMPL's two hand joints.
 BODY_ONLY_MASK = [joint < 22 for joint in range(NUM_JOINTS)]
@@ -186,6 +187,7 @@ class DrawnSource(Source):
     """
 
     default_count: ClassVar[int]
+    rows_per_part: ClassVar[int] = 2000
 
     def __init__(self, folder: str | Path, seed: int = 0, count: int | None = None):
         super().__init__(folder, seed)
@@ -193,8 +195,38 @@ class DrawnSource(Source):
         if self.count < 1:
             raise ValueError(f"expected at least 1 row, got {count}")
 
+    def parts(self) -> list[str]:
+        """`SPLIT/NUMBER`: every twentieth is of the split val, where what they are drawn from has one."""
+        has_val = self.has_val()
+        numbers = range(-(-self.count // self.rows_per_part))
+        return [f"{'val' if has_val and n % _VAL_EVERY == _VAL_EVERY - 1 else 'train'}/{n:05}" for n in numbers]
+
+    def has_val(self) -> bool:
+        return True
+
+    def indices(self, part: str) -> range:
+        """The numbers of a part's rows among all."""
+        first = int(part.split("/")[1]) * self.rows_per_part
+        return range(first, min(first + self.rows_per_part, self.count))
+
     def settings(self) -> dict[str, str | int | float | None]:
         return {**super().settings(), "count": self.count}
+
+
+class DrawnFromRows(DrawnSource):
+    """
+    Rows that are drawn from rows that `chatpose data` wrote, `SPLIT/PART.parquet`; as [`DrawnSource`].
+
+    Raises:
+        FileNotFoundError: from `parts`, where there are none to train on.
+    """
+
+    def has_val(self) -> bool:
+        if not any(self.folder.glob("train/*.parquet")):
+            raise FileNotFoundError(
+                f"expected rows, {self.folder}/train/*.parquet, found none; make some with `chatpose data`"
+            )
+        return any(self.folder.glob("val/*.parquet"))
 
 
 class PhotoSource(Source):

@@ -17,12 +17,10 @@ from ..render import draw_bodies
 from ..rotations import rotmat_to_rotvec, rotvec_to_rotmat
 from .captions import Captioner
 from .near_duplicates import NEARLY_VAL, is_near
-from .source import DrawnSource
+from .source import DrawnFromRows
 
 
-_PICTURES_PER_PART = 500
 _BATCH = 50  # pictures whose poses are captioned at a time
-_VAL_EVERY = 20  # one part in so many is of the split val
 _PEOPLE_IN_GROUP = (2, 2, 3, 3, 4)
 _GROUP_SHARE = 0.1
 _EVERYBODY_SHARE = 0.3  # of the groups that are asked for all
@@ -449,7 +447,7 @@ def _make_phrases(
     return phrases
 
 
-class SyntheticPeople(DrawnSource):
+class SyntheticPeople(DrawnFromRows):
     """
     Pictures of people in the poses of rows that `chatpose data` wrote, `SPLIT/PART.parquet`, changed as [`PoseSampler`]
     does; none of train is nearly a pose of the rows' val. Nine in ten show one person (task `"pose_estimation"`, captions of kind `"geometry"`); the others some people (task
@@ -465,6 +463,7 @@ class SyntheticPeople(DrawnSource):
     name = "synthetic"
     licence = "Rendered by chatpose_hf from a CC0 body; the poses keep the terms of the rows that they were made from"
     default_count = 10_000
+    rows_per_part = 500
 
     def __init__(self, folder: str | Path, seed: int = 0, image_size: int = 224, count: int | None = None):
         super().__init__(folder, seed, count)
@@ -475,19 +474,14 @@ class SyntheticPeople(DrawnSource):
     def settings(self) -> dict[str, str | int | float | None]:
         return {**super().settings(), "image_size": self.image_size}
 
-    def parts(self) -> list[str]:
-        splits = share_splits(self.folder, -(-self.count // _PICTURES_PER_PART))
-        return [f"{split}/{number:06}" for number, split in enumerate(splits)]
-
     def read_part(self, part: str) -> Iterator[dict]:
-        split, number = part.split("/")
+        split = part.split("/")[0]
         sampler = load_sampler(self.folder, split)
         captioner = load_captioner()
-        first = int(number) * _PICTURES_PER_PART
-        end = min(first + _PICTURES_PER_PART, self.count)
-        for start in range(first, end, _BATCH):
+        indices = self.indices(part)
+        for start in range(0, len(indices), _BATCH):
             sampled = []
-            for index in range(start, min(start + _BATCH, end)):
+            for index in indices[start : start + _BATCH]:
                 rng = np.random.default_rng([self.seed, index])
                 num_people = rng.choice(_PEOPLE_IN_GROUP) if rng.random() < _GROUP_SHARE else 1
                 poses, masks = map(np.stack, zip(*(sampler.sample(rng) for _ in range(num_people)), strict=True))
@@ -529,23 +523,6 @@ class SyntheticPeople(DrawnSource):
         labels = [scene.people[number].pose for number in asked]
         row = self.make_row(id, task, labels, captions, [scene.image])
         return {**row, "pose_mask": masks[asked].tolist()}
-
-
-def share_splits(folder: Path, count: int) -> list[str]:
-    """
-    The split of each of so many parts that are drawn from rows: every twentieth is val, where the rows have one.
-
-    Args:
-        folder (`Path`): of `SPLIT/PART.parquet`.
-        count (`int`): how many parts.
-
-    Raises:
-        FileNotFoundError: where there are no rows to train on.
-    """
-    if not any(folder.glob("train/*.parquet")):
-        raise FileNotFoundError(f"expected rows, {folder}/train/*.parquet, found none; make some with `chatpose data`")
-    has_val = any(folder.glob("val/*.parquet"))
-    return ["val" if has_val and number % _VAL_EVERY == _VAL_EVERY - 1 else "train" for number in range(count)]
 
 
 # Kept for the parts to come.
