@@ -2,8 +2,8 @@
 
     python examples/train_tiny.py tiny --poses cmu_poses
 
-`cmu_poses` is a folder that `chatpose data cmu` reads. Everything lands in `tiny`; another call goes on where one stopped.
-Two hours on 2 CPU cores, 13 GB of memory. `tiny/chatpose-tiny` is the result, `tiny/run` the training with its log.
+`cmu_poses` is a folder that `chatpose data cmu` reads. Another call goes on where one stopped. Two hours on 2 CPU cores, 13 GB of
+memory. `tiny/chatpose-tiny` is the result, `tiny/words` and `tiny/run` are the trainings with their logs.
 """
 
 import argparse
@@ -89,7 +89,6 @@ def main() -> None:
             subprocess.run([sys.executable, str(EXAMPLES / script), result, *arguments], check=True)
     if not Path("base/model.safetensors").exists():
         make_base()
-    # Two processes of half the cores: a step takes two thirds of the time of one process.
     train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "chatpose_hf.cli", "train"]
     for name, folder in (("chatpose_tiny_words", "words"), ("chatpose_tiny", "run")):
         if not Path(f"{folder}/model.safetensors").exists():

@@ -75,6 +75,7 @@ def test_run_and_python_blocks(desk):
     assert "<POSE>" in out
     files = {"reply.json", "pose.npz", "body.glb", "picture.png", "page.html"}
     assert {path.name for path in (desk / "out").iterdir()} == files
+    assert "24 joint rotations" in out.split("wrote chatpose-13b")[0], "the first command shows a pose"
     assert (desk / "answers.png").is_file()
     assert (desk / "pose.bvh").is_file()
     out = run(["bash", "-euc", "".join(blocks("bash", "Data"))], desk)

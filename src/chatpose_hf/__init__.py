@@ -3,6 +3,7 @@
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -10,6 +11,9 @@ try:
     __version__ = version("chatpose_hf")
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
+
+# The folder of the small checkpoint that comes with the package (its README.md is its card), for `from_pretrained`.
+CHATPOSE_TINY = str(Path(__file__).parent / "assets" / "chatpose-tiny")
 
 _EXPORTS = {
     "ChatPoseConfig": "configuration_chatpose",
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from .tokenization_chatpose import ChatPoseTokenizer
 
 __all__ = [
+    "CHATPOSE_TINY",
     "ChatPoseConfig",
     "ChatPoseForConditionalGeneration",
     "ChatPoseGenerateOutput",

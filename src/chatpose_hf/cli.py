@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from . import CHATPOSE_TINY
 from .data import SOURCES
-
-
-NO_MODEL = (
-    "no model named: this version ships no checkpoint of its own. Pass `--model`, a folder or Hub id of a ChatPose "
-    "checkpoint, for instance one made by `chatpose convert`"
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,7 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or Hub id of a ChatPose checkpoint")
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        default=CHATPOSE_TINY,
+        help="folder or Hub id of a ChatPose checkpoint (default: chatpose-tiny, which comes with the package)",
+    )
     parser.add_argument("--force-pose", action="store_true", help="make every answer contain a pose")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length limit (default: 512)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
@@ -180,8 +180,6 @@ def _load_pipeline(options):
 
     from . import ChatPoseConfig, ChatPoseForConditionalGeneration, ChatPosePipeline, ChatPoseProcessor
 
-    if options.model is None:
-        raise ValueError(NO_MODEL)
     try:
         torch.empty(0, device=options.device or "cpu")
     except (RuntimeError, AssertionError) as error:

@@ -1,0 +1,1 @@
+../../modeling_chatpose.py

@@ -1,0 +1,1 @@
+../../processing_chatpose.py
