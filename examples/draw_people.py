@@ -4,7 +4,7 @@
     python examples/draw_people.py people_val.safetensors rows/cmu --split val --count 500
 
 `pixels` (N, S, S, 3), bytes; `poses` (N, 24, 3), axis-angle; `points` (N, 24, 2), the joints' places from -1 to 1; `parts` (N, S / 4,
-S / 4), each cell's nearest joint, counted from 1, where somebody is. 150 a second on 2 CPU cores.
+S / 4), each cell's nearest joint, counted from 1, where somebody is. About a hundred a second on 2 CPU cores.
 """
 
 import argparse

@@ -539,7 +539,6 @@ def test_the_command_trains_reloads_answers_and_publishes(desk, uninterrupted, t
         "--method full --train_sampling_strategy group_by_length",
         "--vision_layers 1 --vision_learning_rate 1e-5 --train_projector true",
         "--vision_layers -1 --method full --joint_error geodesic --joint_position_weight 0.5",
-        "--method full --muon_learning_rate 0.01 --vision_layers 1",
         "--use_dora true --use_rslora true --lora_targets q_proj up_proj --joint_error rot6d_l1 --joint_weights pelvis=2",
         "--early_stopping_patience 1 --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2 "
         "--load_best_model_at_end true --metric_for_best_model loss",
