@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from chatpose_hf.atomic_write import atomic_file
+from chatpose_hf.data.rows import NUM_JOINTS
 from chatpose_hf.data.synthetic import Studio, find_near_val, load_sampler
 
 
-CELL, NUM_JOINTS = 4, 24
+CELL = 4  # pixels of a side within which one joint is told
 studio = lru_cache(maxsize=1)(Studio)
 
 
@@ -61,8 +63,8 @@ def main() -> None:
     tensors = {}
     for name, arrays in zip(("pixels", "poses", "points", "parts"), zip(*drawn, strict=True), strict=True):
         tensors[name] = torch.from_numpy(np.stack(arrays))
-    save_file(tensors, f"{options.output}.partial")
-    os.replace(f"{options.output}.partial", options.output)
+    with atomic_file(options.output) as file:
+        save_file(tensors, file)
 
 
 if __name__ == "__main__":

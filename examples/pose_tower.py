@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from chatpose_hf.body import JOINT_NAMES
+from chatpose_hf.data.captions import MIRRORED_JOINTS, mirror
 from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
 
 GRID, CELLS, JOINTS = 7, 4, len(JOINT_NAMES)  # patches of a picture's side, cells of a patch's
 PATCHES_READ = 4  # of each picture in a step
-MIRRORED = [JOINT_NAMES.index({"l_": "r_", "r_": "l_"}.get(name[:2], name[:2]) + name[2:]) for name in JOINT_NAMES]
 
 
 class PoseTower(nn.Module):
@@ -42,10 +42,8 @@ class PoseTower(nn.Module):
     def forward(self, pixel_values, count=None):
         """Cells' parts, joints' places, both twice; the pose `(N, 24, 6)` of all joints, and of `count` patches each."""
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states
-        middle, last = (
-            states[len(states) // 2][:, 1:],
-            states[-1][:, 1:],
-        )  # as LLaVA takes them: without the class token
+        # As LLaVA takes them: without the class token.
+        middle, last = states[len(states) // 2][:, 1:], states[-1][:, 1:]
         parts = [head(state).float() for head, state in zip(self.parts, (middle, last), strict=True)]
         places = []
         for head, state in zip(self.places, (middle, last), strict=True):
@@ -62,11 +60,11 @@ class PoseTower(nn.Module):
 
 def mirror_some(pixels, poses, points, parts):
     """Every second picture of a batch as in a looking glass, with what is in it: `(N, S, S, 3)`, `(N, 24, 3)`, `(N, 24, 2)`, `(N, C, C)`."""
-    swapped = torch.tensor([0, *(joint + 1 for joint in MIRRORED)])
+    swapped = torch.tensor([0, *(joint + 1 for joint in MIRRORED_JOINTS)])
     pixels, poses, points, parts = pixels.clone(), poses.clone(), points.clone(), parts.long()
     pixels[::2] = pixels[::2].flip(2)
-    poses[::2] = poses[::2, MIRRORED] * torch.tensor([1.0, -1.0, -1.0])
-    points[::2] = points[::2, MIRRORED] * torch.tensor([-1.0, 1.0])
+    poses[::2] = mirror(poses[::2])
+    points[::2] = points[::2, MIRRORED_JOINTS] * torch.tensor([-1.0, 1.0])
     parts[::2] = swapped[parts[::2].flip(2)]
     return pixels, poses, points, parts
 

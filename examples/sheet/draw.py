@@ -27,10 +27,8 @@ def main() -> None:
     parser.add_argument("output", help="PNG to write")
     options = parser.parse_args()
     model, processor = load_trained(options.model, dtype=torch.float32)
-    pipe, body = (
-        ChatPosePipeline(model=model, processor=processor, device=torch.device("cpu")),
-        BodyModel.load("default"),
-    )
+    pipe = ChatPosePipeline(model=model, processor=processor, device=torch.device("cpu"))
+    body = BodyModel.load("default")
     drawn: dict[str, list] = {"explicit": [], "implicit": [], "given": [], "picture": []}
     for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
         item = json.loads(line)

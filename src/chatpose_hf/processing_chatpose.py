@@ -1,6 +1,7 @@
 """Processor of ChatPose: pictures and chats in, tensors out; generated tokens in, words and SMPL parameters out."""
 
 import json
+from functools import cache
 
 import torch
 from transformers import AddedToken, LlavaProcessor
@@ -317,25 +318,31 @@ class ChatPoseProcessor(LlavaProcessor):
                     parts.append(part)
             message["content"] = parts
 
+    def _render(self, chat: list[dict], chat_template, **options) -> str:
+        return super().apply_chat_template(chat, chat_template, **options)
+
+    def _answer_header(self, chat_template) -> str:
+        """What a template asks for an answer with."""
+        question = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+        asking = self._render(question, chat_template, add_generation_prompt=True)
+        return asking[len(self._render(question, chat_template)) :]
+
     def _answer_spans(
         self, row: int, chat: list[dict], chat_template, header: str
     ) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat and where its answers stand, end tokens included."""
+        text = self._render(chat, chat_template)
 
-        def render(messages, **options):
-            return super(ChatPoseProcessor, self).apply_chat_template(messages, chat_template, **options)
+        @cache  # rendering is most of the time that a row takes
+        def length(count: int) -> int:
+            """Of the text of so many messages."""
+            if count in (0, len(chat)):
+                return len(text) if count else 0
+            return len(self._render(chat[:count], chat_template))
 
-        text = render(chat)
-        answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
-        if not answers:
-            return text, []
-        spans, end = [], 0
-        for index in answers:
-            # Rendering is most of the time that a row takes: nothing is rendered twice.
-            start = (
-                end if index and chat[index - 1]["role"] == "assistant" else len(render(chat[:index])) if index else 0
-            )
-            end = len(text) if index + 1 == len(chat) else len(render(chat[: index + 1]))
+        spans = []
+        for index in (index for index, message in enumerate(chat) if message["role"] == "assistant"):
+            start, end = length(index), length(index + 1)
             if not text[start:end].startswith(header):
                 raise ValueError(
                     f"cannot find the answer in message {index} of row {row}: the chat template does not begin it with "
@@ -344,15 +351,6 @@ class ChatPoseProcessor(LlavaProcessor):
             turn_end = text.rfind(self.tokenizer.eos_token, start, end)
             spans.append((start + len(header), turn_end + len(self.tokenizer.eos_token) if turn_end >= 0 else end))
         return text, spans
-
-    def _answer_header(self, chat_template) -> str:
-        """What a template asks for an answer with."""
-        question = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-        without, asking = (
-            super(ChatPoseProcessor, self).apply_chat_template(question, chat_template, add_generation_prompt=asks)
-            for asks in (False, True)
-        )
-        return asking[len(without) :]
 
     def _add_assistant_masks(self, output, chats: list[list[dict]], chat_template) -> None:
         """

@@ -310,13 +310,13 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
                 self.optimizer.add_param_group({**group, "lr": self.args.vision_learning_rate})
         if self.args.muon_learning_rate is not None:
             layers = {id(w) for name, w in named.items() if ".language_model.layers." in name and w.ndim == 2}
+            rate = self.args.muon_learning_rate
             matrices = [
-                {"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._take(layers)
+                {"params": group["params"], "lr": rate, "weight_decay": group["weight_decay"]}
+                for group in self._take(layers)
             ]
             rest = [group for group in self.optimizer.param_groups if group["params"]]
-            self.optimizer = MuonAdamW(
-                [{**group, "lr": self.args.muon_learning_rate} for group in matrices], rest, self.args.learning_rate
-            )
+            self.optimizer = MuonAdamW(matrices, rest, self.args.learning_rate)
         return self.optimizer
 
     def _take(self, ids: set[int]) -> list[dict]:

@@ -197,7 +197,7 @@ STYLES = {"terse": 3, "plain": 5, "full": 9, "chatty": 6}
 _TELLING = 4
 _SKIP = 0.15
 _MERGE = 0.95
-_MIRRORED_JOINTS = [
+MIRRORED_JOINTS = [
     JOINT_NAMES.index({"l": "r", "r": "l"}[name[0]] + name[1:] if name[1] == "_" else name) for name in JOINT_NAMES
 ]
 
@@ -284,7 +284,7 @@ class Captioner:
             return []
         poses = to_caption_frame(poses)
         is_mirrored = _faces_mirror(poses)
-        poses[is_mirrored] = _mirror(poses[is_mirrored])
+        poses[is_mirrored] = mirror(poses[is_mirrored])
         geometry = Geometry(self.body.joints(poses)[:, :24].numpy(), poses.numpy())
         captions = []
         for key, codes, mirrored in zip(keys, pose_codes(geometry), is_mirrored.tolist(), strict=True):
@@ -295,8 +295,9 @@ class Captioner:
         return captions
 
 
-def _mirror(poses: Tensor) -> Tensor:
-    return poses[:, _MIRRORED_JOINTS] * poses.new_tensor([1.0, -1.0, -1.0])
+def mirror(poses: Tensor) -> Tensor:
+    """Poses `(N, 24, 3)`, axis-angle, as in a looking glass."""
+    return poses[:, MIRRORED_JOINTS] * poses.new_tensor([1.0, -1.0, -1.0])
 
 
 def _faces_mirror(poses: Tensor) -> Tensor:
@@ -305,7 +306,7 @@ def _faces_mirror(poses: Tensor) -> Tensor:
     left and right swapped. A sum that changes sign in the mirror decides.
     """
     rotmats = rotvec_to_rotmat(poses)
-    difference = (rotmats - rotvec_to_rotmat(_mirror(poses))).flatten(1)
+    difference = (rotmats - rotvec_to_rotmat(mirror(poses))).flatten(1)
     weights = torch.linspace(1, 2, difference.shape[1], dtype=difference.dtype).sin()
     return difference @ weights < 0
 
