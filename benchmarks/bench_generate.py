@@ -40,6 +40,7 @@ from transformers import (
 
 import chatpose_hf
 from chatpose_hf import ChatPoseConfig, ChatPoseForConditionalGeneration
+from chatpose_hf.rotations import rot6d_to_rotmat
 
 
 PAD, EOS = 0, 2
@@ -150,7 +151,7 @@ def run_original(model, pose_head, inputs: dict[str, Tensor], config: ChatPoseCo
     """
     output = run_generate(model, inputs, config, new_tokens, use_cache=False, output_hidden_states=True)
     is_pose = output.sequences[:, 1:] == config.pose_token_id
-    return output.sequences, pose_head(output.hidden_states[-1][-1][is_pose])
+    return output.sequences, rot6d_to_rotmat(pose_head(output.hidden_states[-1][-1][is_pose]))
 
 
 def time_call(call: Callable[[], object], device: str) -> float:

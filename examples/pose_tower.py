@@ -5,6 +5,7 @@ from torch import nn
 
 from chatpose_hf.body import JOINT_NAMES
 from chatpose_hf.data.captions import MIRRORED_JOINTS, mirror
+from chatpose_hf.modeling_chatpose import compute_rot6d_norm_loss
 from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
 
@@ -58,6 +59,19 @@ class PoseTower(nn.Module):
         return parts, places, *(pose.float().unflatten(-1, (-1, 6)) for pose in (lifted, self.read(last)))
 
 
+@torch.no_grad()
+def rescale_states(tower, pixel_values):
+    """
+    Gives the tower's last states a standard deviation of 1: a language model takes them beside its words, and states a
+    hundred times as large go through its layers unchanged. All that is added up to a state is divided, which every norm in the
+    tower undoes.
+    """
+    scale = tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:].std()
+    for name, weight in tower.named_parameters():
+        if any(part in name for part in ("pre_layrnorm", "out_proj", "fc2")):
+            weight.div_(scale)
+
+
 def mirror_some(pixels, poses, points, parts):
     """Every second picture of a batch as in a looking glass, with what is in it: `(N, S, S, 3)`, `(N, 24, 3)`, `(N, 24, 2)`, `(N, C, C)`."""
     swapped = torch.tensor([0, *(joint + 1 for joint in MIRRORED_JOINTS)])
@@ -76,6 +90,7 @@ def compute_loss(model, pixel_values, poses, points, parts, pose_loss):
     rotmats = rotvec_to_rotmat(poses)
     loss = sum(0.5 * nn.functional.cross_entropy(told.reshape(len(parts), -1), parts) for told in told_parts)
     loss = loss + sum((told - points).abs().mean() for told in told_points)
-    loss = loss + pose_loss(rot6d_to_rotmat(lifted), rotmats).mean()
-    each = rotmats.repeat_interleave(PATCHES_READ, 0)
-    return loss + pose_loss(rot6d_to_rotmat(read.flatten(0, 1)), each).mean()
+    for rot6d, count in ((lifted, 1), (read.flatten(0, 1), PATCHES_READ)):
+        losses = pose_loss(rot6d_to_rotmat(rot6d), rotmats.repeat_interleave(count, 0))
+        loss = loss + (losses + 0.1 * compute_rot6d_norm_loss(rot6d)).mean()
+    return loss

@@ -11,7 +11,7 @@ import math
 
 import torch
 from make_base import make_vision_tower
-from pose_tower import PoseTower, compute_loss, mirror_some
+from pose_tower import PoseTower, compute_loss, mirror_some, rescale_states
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import trange
@@ -79,6 +79,7 @@ def main() -> None:
             bar.set_postfix(loss=total / (step + 1))
         found = measure(model, to_pixel_values(val["pixels"], image_processor), val["poses"], body)
         print(f"epoch {epoch + 1}: loss {total / (step + 1):.4f}, PA-MPJPE of val {found:.1f} mm", flush=True)
+    rescale_states(tower, to_pixel_values(val["pixels"], image_processor))
     image_processor.save_pretrained(options.output)
     tower.save_pretrained(options.output)
 

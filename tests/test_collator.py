@@ -17,7 +17,7 @@ from chatpose_hf.collator import ChatPoseCollator, read_report
 from chatpose_hf.data.prompts import make_parts
 from chatpose_hf.data.rows import load_rows, write_rows
 from chatpose_hf.processing_chatpose import SYSTEM_PROMPT
-from chatpose_hf.rotations import rotvec_to_rotmat
+from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
 
 def poses(count, seed):
@@ -324,7 +324,7 @@ def naive_loss(model, processor, rows):
             ce.append(-output.logits[0, position - 1].log_softmax(-1)[ids[position]])
             if ids[position] == processor.pose_token_id:
                 pose, mask = next(targets)
-                rotmats = model.pose_head(output.last_hidden_state[0, position - 1])
+                rotmats = rot6d_to_rotmat(model.pose_head(output.last_hidden_state[0, position - 1]))
                 difference = (rotmats - rotvec_to_rotmat(torch.tensor(pose))).abs().mean((-2, -1))
                 body = torch.stack([difference[joint] for joint in range(1, 24) if mask[joint]]).mean()
                 errors.append(body + (difference[0] if mask[0] else 0.0))

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from chatpose_hf import ChatPoseForConditionalGeneration, ChatPoseProcessor
 from chatpose_hf.convert_chatpose_weights_to_hf import convert_checkpoint
+from chatpose_hf.rotations import rot6d_to_rotmat
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_plain_llava_gets_a_pose_token_and_a_head_at_the_rest_pose(checkpoint, t
     assert type(processor.image_processor).__name__ == "LlavaImageProcessorPil"
     rest = torch.eye(3).repeat(24, 1, 1)
     rest[0] = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(model.pose_head(torch.zeros(64)), rest)
+    torch.testing.assert_close(rot6d_to_rotmat(model.pose_head(torch.zeros(64))), rest)
     torch.testing.assert_close(model.lm_head.weight[:900], plain["lm_head.weight"])
     torch.testing.assert_close(model.lm_head.weight[900], plain["lm_head.weight"].mean(0))
     reply = model.generate(

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from chatpose_hf import ChatPoseForConditionalGeneration
-from chatpose_hf.modeling_chatpose import ForcePoseLogitsProcessor, compute_pose_loss
-from chatpose_hf.rotations import rotvec_to_rotmat
+from chatpose_hf.modeling_chatpose import ForcePoseLogitsProcessor, compute_pose_loss, compute_rot6d_norm_loss
+from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
 
 ROW_TEXTS = [
@@ -125,7 +125,9 @@ def test_new_head_starts_at_the_rest_pose_facing_the_camera(processor):
     head = ChatPoseForConditionalGeneration(make_model(processor).config).pose_head
     expected = torch.eye(3).repeat(24, 1, 1)
     expected[0] = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(head(torch.zeros(2, 32)), expected.repeat(2, 1, 1, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rot6d_to_rotmat(head(torch.zeros(2, 32))), expected.repeat(2, 1, 1, 1), atol=1e-6, rtol=0
+    )
 
 
 def test_bfloat16_keeps_the_head_in_float32_and_poses_close(model, text_batch, tmp_path):
@@ -273,7 +275,7 @@ def naive_loss(model, batch, targets, masks=None):
                 continue
             ce.append(-output.logits[0, position - 1].log_softmax(-1)[labels[position]])
             if labels[position] == model.config.pose_token_id:
-                rotmats = model.pose_head(output.last_hidden_state[0, position - 1])
+                rotmats = rot6d_to_rotmat(model.pose_head(output.last_hidden_state[0, position - 1]))
                 difference = (rotmats - targets[pose]).abs()
                 mask = torch.ones(24, dtype=torch.bool) if masks is None else masks[pose].bool()
                 if mask.any():
@@ -336,6 +338,30 @@ def test_pose_loss_by_hand():
     only_knee[0, 5] = 1
     assert compute_pose_loss(prediction, target, only_knee).item() == pytest.approx(4 / 9)
     assert compute_pose_loss(prediction, target, torch.zeros(1, 24)).item() == 0
+
+
+def test_norm_loss_by_hand():
+    rot6d = torch.tensor([[3.0, 0, 0, 0, 0.5, 0], [0, 1, 0, 0, 0, 1], [0, 0, 1, 2, 0, 0]]).expand(2, 3, 6)
+    each = [(2**2 + 0.5**2) / 2, 0.0, 0.5]
+    torch.testing.assert_close(compute_rot6d_norm_loss(rot6d), torch.full((2,), sum(each) / 3))
+    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(compute_rot6d_norm_loss(rot6d, mask), torch.tensor([each[0] / 2, 0.0]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norm_loss_is_part_of_training_and_not_of_evaluation(model, processor, monkeypatch, training):
+    batch, targets = training_batch(processor)
+    monkeypatch.setattr(model.config, "rot6d_norm_weight", 0.0)
+    plain = model.train(training)(**batch, pose_labels=targets)
+    monkeypatch.setattr(model.config, "rot6d_norm_weight", 0.25)
+    lengths = []
+    hook = model.pose_head.register_forward_hook(lambda module, args, rot6d: lengths.append(rot6d[:-1]))
+    output = model(**batch, pose_labels=targets)
+    hook.remove()
+    model.eval()
+    added = 0.25 * compute_rot6d_norm_loss(lengths[0]).mean() if training else torch.tensor(0.0)
+    torch.testing.assert_close(output.pose_loss, plain.pose_loss + added.detach())
+    torch.testing.assert_close(output.loss, plain.loss + model.config.pose_loss_weight * added)
 
 
 def test_gradient_of_masked_slots_is_zero_even_for_nan_targets(model, processor):

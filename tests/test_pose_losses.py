@@ -15,6 +15,7 @@ from chatpose_hf.rotations import rotvec_to_rotmat
 
 SETTINGS = {
     "default": {},
+    "rotmat_mse": {"joint_error": "rotmat_mse"},
     "rot6d_l1": {"joint_error": "rot6d_l1"},
     "geodesic": {"joint_error": "geodesic"},
     "weights": {"joint_weights": {"pelvis": 0.5, "l_knee": 3.0, "head": 0}},
@@ -61,6 +62,7 @@ def angle(a, b):
 
 NAIVE_ERRORS = {
     "rotmat_l1": lambda a, b: sum(abs(a[i, j] - b[i, j]).item() for i in range(3) for j in range(3)) / 9,
+    "rotmat_mse": lambda a, b: sum((a[i, j] - b[i, j]).item() ** 2 for i in range(3) for j in range(3)) / 9,
     "rot6d_l1": lambda a, b: sum(abs(a[i, j] - b[i, j]).item() for i in range(3) for j in range(2)) / 6,
     "geodesic": angle,
 }

@@ -33,6 +33,8 @@ class ChatPoseConfig(LlavaConfig):
             Weight of the language modelling loss (lambda_t of the paper; value of the original code).
         pose_loss_weight (`float`, *optional*, defaults to 0.1):
             Weight of the L1 loss on rotation matrices (lambda_theta of the paper; value of the original code).
+        rot6d_norm_weight (`float`, *optional*, defaults to 0.0):
+            Weight, beside that L1 loss, of how far the pose head's vectors are from length 1; in training only.
 
     Raises:
         ValueError: when a value has no meaning; the message names the field, the value and what is allowed.
@@ -58,6 +60,7 @@ class ChatPoseConfig(LlavaConfig):
     pose_lead_in_ids: list[int] | tuple[int, ...] | None = None
     ce_loss_weight: float | int = 1.0
     pose_loss_weight: float | int = 0.1
+    rot6d_norm_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -75,7 +78,7 @@ class ChatPoseConfig(LlavaConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
-        for name in ("ce_loss_weight", "pose_loss_weight"):
+        for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number, not negative, got {getattr(self, name)}")
 

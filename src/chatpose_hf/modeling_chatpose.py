@@ -96,7 +96,7 @@ class ChatPoseGenerateOutput(GenerateBeamDecoderOnlyOutput):
 
 
 class PoseHead(nn.Module):
-    """g_Theta of the paper: Linear, ReLU, Linear to 6 numbers a joint, Gram-Schmidt. Runs in float32."""
+    """g_Theta of the paper: Linear, ReLU, Linear to 6 numbers a joint. Runs in float32."""
 
     def __init__(self, config: ChatPoseConfig):
         super().__init__()
@@ -106,11 +106,11 @@ class PoseHead(nn.Module):
         self.linear_2 = nn.Linear(head_size, 6 * config.num_pose_joints)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(..., hidden_size)` to rotation matrices `(..., J, 3, 3)`, float32."""
+        """`(..., hidden_size)` to `(..., J, 6)`, float32, for [`rot6d_to_rotmat`]."""
         # Autocast would bring the 6D numbers back to 8 bits of mantissa, which is degrees of rotation.
         with torch.autocast(hidden_states.device.type, enabled=False):
             features = self.linear_1(hidden_states.to(self.linear_1.weight.dtype)).relu()
-            return rot6d_to_rotmat(self.linear_2(features).float().unflatten(-1, (-1, 6)))
+            return self.linear_2(features).float().unflatten(-1, (-1, 6))
 
 
 def rotmat_l1(pose_rotmats: Tensor, pose_labels: Tensor) -> Tensor:
@@ -149,6 +149,24 @@ def compute_pose_loss(
     body_weight = weights[:, 1:].sum(-1)
     body_error = errors[:, 1:].sum(-1) / torch.where(body_weight > 0, body_weight, 1.0)
     return body_error + errors[:, 0]
+
+
+def compute_rot6d_norm_loss(rot6d: Tensor, pose_mask: Tensor | None = None) -> Tensor:
+    """
+    How far the two vectors of each joint are from length 1, squared. A rotation says nothing of these lengths, they grow
+    as an optimizer steps (to 180 in a model of ours), and the gradient of a rotation is divided by them: joints that
+    seldom turn then learn nothing more.
+
+    Args:
+        rot6d (`torch.Tensor` of shape `(P, J, 6)`): what the pose head says.
+        pose_mask (`torch.Tensor` of shape `(P, J)`, *optional*): nonzero where a joint is supervised; default all.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: the mean over the supervised joints; zero for a pose without one.
+    """
+    losses = (rot6d.unflatten(-1, (2, 3)).norm(dim=-1) - 1).square().mean(-1)
+    weights = torch.ones_like(losses) if pose_mask is None else (pose_mask > 0).to(losses)
+    return (losses * weights).sum(-1) / weights.sum(-1).clamp(min=1)
 
 
 class PoseStateCollector:
@@ -458,9 +476,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             is_pose = labels[:, 1:] == self.config.pose_token_id
             # One state more, and one call whatever the batch holds: DDP waits for a gradient of every trained weight, and
             # FSDP for every process at every module.
-            rotmats = self.pose_head(torch.cat([hidden_states[:, :-1][is_pose], hidden_states[:1, 0]]))
-            pose_rotmats, unused = rotmats[:-1], rotmats[-1:].sum() * 0.0
-            pose_errors = self._pose_errors(pose_rotmats, is_pose, pose_labels, pose_mask)
+            rot6d = self.pose_head(torch.cat([hidden_states[:, :-1][is_pose], hidden_states[:1, 0]]))
+            rot6d, unused = rot6d[:-1], rot6d[-1:].sum() * 0.0
+            pose_rotmats = rot6d_to_rotmat(rot6d)
+            pose_errors = self._pose_errors(rot6d, pose_rotmats, is_pose, pose_labels, pose_mask)
             if pose_errors is None:
                 pose_loss = unused
             else:
@@ -484,7 +503,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             **passed,
         )
 
-    def _pose_errors(self, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
+    def _pose_errors(self, rot6d, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
         """Each pose's error and the number of supervised poses, at least 1; None where there is nothing to compare."""
         num_tokens = pose_rotmats.shape[0]
         if pose_labels is None:
@@ -510,7 +529,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         pose_labels = pose_labels[:num_tokens]
         pose_mask = None if pose_mask is None else pose_mask[:num_tokens]
         num_poses = num_tokens if pose_mask is None else (pose_mask > 0).any(-1).sum().clamp(min=1)
-        return self.pose_loss_function(pose_rotmats, pose_labels, pose_mask), num_poses
+        errors = self.pose_loss_function(pose_rotmats, pose_labels, pose_mask)
+        if self.training and self.config.rot6d_norm_weight:
+            errors = errors + self.config.rot6d_norm_weight * compute_rot6d_norm_loss(rot6d, pose_mask)
+        return errors, num_poses
 
     def _needs_every_module(self) -> bool:
         """Whether some process would wait for this one to use the vision path: it is trained, or cut into shards."""
@@ -563,7 +585,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         device = states.device
         result = ChatPoseGenerateOutput(
             sequences=output.sequences,
-            pose_rotmats=self.pose_head(states[rows.to(device), steps.to(device)]),
+            pose_rotmats=rot6d_to_rotmat(self.pose_head(states[rows.to(device), steps.to(device)])),
             pose_sequence_index=sequence_index,
             pose_token_positions=steps + collector.prompt_length,
             prompt_length=collector.prompt_length,

@@ -14,11 +14,21 @@ def _rot6d_l1(pose_rotmats: Tensor, pose_labels: Tensor) -> Tensor:
     return (rotmat_to_rot6d(pose_rotmats) - rotmat_to_rot6d(pose_labels)).abs().mean(-1)
 
 
+def _rotmat_mse(pose_rotmats: Tensor, pose_labels: Tensor) -> Tensor:
+    return (pose_rotmats - pose_labels).square().mean((-2, -1))
+
+
 # What a joint's error is, `(P, J, 3, 3)` twice to `(P, J)`:
 # - "rotmat_l1": mean absolute difference of the matrices (ChatPose, model/chatpose.py);
+# - "rotmat_mse": their mean squared difference (SPIN, Kolotouros et al., ICCV 2019);
 # - "rot6d_l1": of their first two columns (the representation of Zhou et al., CVPR 2019);
 # - "geodesic": the angle between the rotations, radians (Huynh 2009; as a loss, Mahendran et al. 2017).
-JOINT_ERRORS = {"rotmat_l1": rotmat_l1, "rot6d_l1": _rot6d_l1, "geodesic": geodesic_distance}
+JOINT_ERRORS = {
+    "rotmat_l1": rotmat_l1,
+    "rotmat_mse": _rotmat_mse,
+    "rot6d_l1": _rot6d_l1,
+    "geodesic": geodesic_distance,
+}
 
 
 class PoseLoss:

@@ -95,7 +95,8 @@ class LossArguments:
     The loss, `ce_loss_weight * CE + pose_loss_weight * pose`; the original's by default.
 
     Args:
-        ce_loss_weight (`float`, *optional*), pose_loss_weight (`float`, *optional*): the model's own by default.
+        ce_loss_weight (`float`, *optional*), pose_loss_weight (`float`, *optional*),
+        rot6d_norm_weight (`float`, *optional*): the model's own by default.
         joint_error (`str`, *optional*, defaults to `"rotmat_l1"`),
         joint_weights (`list[str]`, *optional*): as `NAME=WEIGHT`,
         joint_position_weight (`float`, *optional*, defaults to 0):
@@ -104,7 +105,10 @@ class LossArguments:
 
     ce_loss_weight: float | None = field(default=None, metadata={"help": "of the words (default: the model's, 1.0)"})
     pose_loss_weight: float | None = field(default=None, metadata={"help": "of the poses (default: the model's, 0.1)"})
-    joint_error: str = field(default="rotmat_l1", metadata={"help": "rotmat_l1, rot6d_l1 or geodesic"})
+    rot6d_norm_weight: float | None = field(
+        default=None, metadata={"help": "of the lengths of the head's vectors (default: the model's, 0)"}
+    )
+    joint_error: str = field(default="rotmat_l1", metadata={"help": "rotmat_l1, rotmat_mse, rot6d_l1 or geodesic"})
     joint_weights: list[str] = field(default_factory=list, metadata={"help": "NAME=WEIGHT, such as l_wrist=2"})
     joint_position_weight: float = field(default=0.0, metadata={"help": "of the joints' distances, in metres"})
 
@@ -226,7 +230,7 @@ def _make_trainer(parsed: tuple, run: dict) -> ChatPoseTrainer:
     set_seed(args.seed)
     processor = ChatPoseProcessor.from_pretrained(model_args.model, revision=model_args.revision)
     model = _load_model(model_args, tuning, args, processor)
-    for name in ("ce_loss_weight", "pose_loss_weight"):
+    for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
         if getattr(loss_args, name) is not None:
             setattr(model.config, name, getattr(loss_args, name))
     model.pose_loss_function = PoseLoss(
