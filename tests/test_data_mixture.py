@@ -109,6 +109,13 @@ def test_mixture_when_a_row_comes_in_two_epochs_then_its_words_differ(at_hand):
     assert sum(words[0][id] != words[1][id] for id in words[0]) > 120  # of 150
 
 
+def test_mixture_when_conversations_alone_are_asked_for_then_they_are_the_rows_own(at_hand):
+    mixture = Mixture(at_hand, [1, 1, 2])
+    for epoch in (0, 1):
+        mixture.set_epoch(epoch)
+        assert mixture.messages() == [mixture[index]["messages"] for index in range(len(mixture))]
+
+
 def test_mixture_when_sharded_by_a_sampler_then_ranks_share_no_row(at_hand):
     mixture = Mixture(at_hand, [1, 1, 2])
     of_rank = [

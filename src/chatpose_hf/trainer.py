@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -260,7 +261,7 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
             return super()._get_train_sampler(dataset)
         lengths = None
         if self.args.train_sampling_strategy == "group_by_length":
-            lengths = self._make_lengths(dataset)
+            lengths = partial(self._count_tokens, dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._sampler = EpochSampler(
             dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed, lengths, batch_size
@@ -271,17 +272,13 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
         # In their order: to group them, the Trainer would look for lengths among the rows' columns.
         return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
-    def _make_lengths(self, dataset) -> Callable[[], np.ndarray]:
-        """Lengths in tokens, but for the template; of the conversations as stored, which other epochs' resemble."""
-        sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
-        per_source = [self._count_tokens(source) for source in sources]
-        return (lambda: dataset.gather(per_source)) if isinstance(dataset, Mixture) else (lambda: per_source[0])
-
-    def _count_tokens(self, source) -> np.ndarray:
+    def _count_tokens(self, dataset) -> np.ndarray:
+        """Lengths of the epoch's conversations in tokens, but for the template."""
         tokenizer, per_image = self.processing_class.tokenizer, self.processing_class.num_image_tokens
+        rows = dataset.messages() if isinstance(dataset, Mixture) else dataset["messages"]
         lengths = []
-        for batch in source.select_columns("messages").iter(batch_size=1000):
-            parts = [[part for message in row for part in message["content"]] for row in batch["messages"]]
+        for start in range(0, len(rows), 1000):
+            parts = [[part for message in row for part in message["content"]] for row in rows[start : start + 1000]]
             texts = [" ".join(part["text"] or "" for part in row) for row in parts]
             tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             images = [sum(part["type"] == "image" for part in row) for row in parts]

@@ -60,17 +60,20 @@ class Mixture(torch.utils.data.Dataset):
         start = first % size
         return np.concatenate(permutations)[start : start + count]
 
-    def gather(self, per_source: Sequence[np.ndarray]) -> np.ndarray:
-        """What is known about each row of each source, such as its length, for the rows of the epoch in their order."""
-        gathered = np.empty(len(self), dtype=np.result_type(*per_source))
-        for number, values in enumerate(per_source):
-            is_its = self._source_of_row == number
-            gathered[is_its] = values[self._row_in_source[is_its]]
-        return gathered
-
-    @property
-    def sources(self) -> list[Dataset]:
-        return self._sources
+    def messages(self) -> list[list[dict]]:
+        """The conversations of the epoch's rows, in their order; no picture is read for them."""
+        drawn: list[list[dict]] = [[] for _ in range(len(self))]
+        for number, source in enumerate(self._sources):
+            indices = np.flatnonzero(self._source_of_row == number)
+            rows = source.select_columns(["id", "task", "messages", "captions", "poses"]).select(
+                self._row_in_source[indices]
+            )
+            for index, row in zip(indices, rows, strict=True):
+                images = [
+                    part for message in row["messages"] for part in message["content"] if part["type"] == "image"
+                ]
+                drawn[index] = redraw_messages({**row, "images": images}, self._seed, self._epoch)["messages"]
+        return drawn
 
     def __len__(self) -> int:
         return sum(self._counts)
