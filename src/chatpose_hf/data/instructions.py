@@ -10,9 +10,9 @@ from .prompts import ANSWERS, TEXT_QUESTIONS, fill_template, make_messages
 from .source import BODY_ONLY_MASK, DrawnSource
 
 
-_CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE = 0.15, 0.3, 0.3
-_STANDING_SHARE, _SAID_SHARE = 0.55, 0.4
-_WEIGHTS = {"arm": 8, "leg": 5, "head": 2, "torso": 2}  # how often a part is spoken of, by the last word of its name
+_CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE = 0.12, 0.4, 0.3
+_STANDING_SHARE, _SAID_SHARE = 0.65, 0.3
+_WEIGHTS = {"arm": 3, "leg": 5, "head": 5, "torso": 5}  # how often a part is spoken of, by the last word of its name
 # Subject, possessor, and the form of "to be" that goes with it; the first of these may also stand before a participle.
 _NOUNS = (
     *(("a person", "their"), ("a man", "his"), ("a woman", "her"), ("someone", "their"), ("the person", "their")),
