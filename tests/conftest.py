@@ -18,6 +18,7 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
+LONG_FILES = ("test_readme.py", "test_training_sharded.py", "test_training.py", "test_chatpose_tiny.py")
 OFFICIAL = ROOT.parent / "shared" / "fixtures" / "official_tiny"
 
 
@@ -26,6 +27,11 @@ def pytest_configure(config):
     cache = tempfile.TemporaryDirectory()
     config.add_cleanup(cache.cleanup)
     os.environ["HF_DATASETS_CACHE"] = cache.name
+
+
+def pytest_collection_modifyitems(items):
+    """Files with single long tests first: else one of two workers is left with them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")
