@@ -4,12 +4,19 @@ import json
 import subprocess
 import sys
 
+import chatpose_smollm2
 import pytest
+import rescale_pose_head
+import torch
 import yaml
 from conftest import ROOT
 from make_rows import make_rows, write_splits
+from make_tiny_checkpoint import TEXT, make_model, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatpose_hf.adapters import load_trained
+from chatpose_hf.adapters import TuningArguments, load_trained, prepare_model
+from chatpose_hf.data.rows import load_rows
+from chatpose_hf.rotations import rot6d_to_rotmat
 from chatpose_hf.training import parse_arguments
 
 
@@ -61,3 +68,59 @@ def test_a_base_from_nothing_is_fine_tuned_and_answers(tmp_path):
     assert "<POSE>" in out.splitlines()[-1]
     assert "torch.Size([72])" in out.splitlines()[-1]
     assert (tmp_path / "out" / "merged" / "modeling_chatpose.py").is_file()
+
+
+def test_a_rescaled_head_gives_the_same_poses_by_vectors_of_length_one(processor, tmp_path, monkeypatch):
+    rows = write_splits(tmp_path / "rows", make_rows(), make_rows(7))
+    model = make_model(processor)
+    model.save_pretrained(tmp_path / "long")
+    processor.save_pretrained(tmp_path / "long")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "long"), str(tmp_path / "one"), "--rows", str(rows)])
+    rescale_pose_head.main()
+    rescaled, _ = load_trained(tmp_path / "one")
+    text = processor(text="USER: q ASSISTANT: It is", return_tensors="pt")
+    states = model(**text).last_hidden_state[0]
+    long, one = (each.pose_head(states) for each in (model, rescaled))
+    torch.testing.assert_close(rot6d_to_rotmat(one), rot6d_to_rotmat(long), atol=1e-4, rtol=0)
+    rows = list(load_rows(rows, "train"))
+    before, after = (rescale_pose_head.mean_lengths(each, processor, rows) for each in (model, rescaled))
+    torch.testing.assert_close(after, torch.ones(24, 2))
+    assert (before - 1).abs().max() > 0.5
+
+
+def test_smollm2_is_put_together_with_its_adapter(tmp_path, monkeypatch):
+    """By a small language model in its place."""
+    tokenizer = make_tokenizer(chatml=True)
+    tokenizer.save_pretrained(tmp_path / "text")
+    LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "text")
+
+    def run_main(output, *arguments):
+        command = ["", str(tmp_path / output), "--text-model", str(tmp_path / "text"), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        chatpose_smollm2.main()
+        return load_trained(tmp_path / output)
+
+    base, processor = run_main("base")
+    chat = [{"role": "user", "content": [{"type": "text", "text": "sit"}]}]
+    assert processor.apply_chat_template(chat, add_generation_prompt=True).startswith("<|im_start|>user\nsit")
+    new, _ = run_main("new", "--new-weights")
+    weight = "model.language_model.layers.0.mlp.up_proj.weight"
+    text, base_weight, new_weight = (
+        LlamaForCausalLM.from_pretrained(tmp_path / "text").state_dict()[weight.replace("language_model.", "")],
+        base.get_parameter(weight),
+        new.get_parameter(weight),
+    )
+    assert torch.equal(text, base_weight)
+    assert not torch.equal(text, new_weight)
+    tuned = prepare_model(base, TuningArguments(lora_r=2, lora_alpha=4, lora_dropout=0.0), str(tmp_path / "base"))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    whole, _ = run_main("whole", "--adapter", str(tmp_path / "adapter"))
+    ids = processor(text="<|im_start|>user\nsit", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(**ids).logits, tuned.eval()(**ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(whole.get_parameter(weight), new_weight)
