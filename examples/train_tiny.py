@@ -2,8 +2,8 @@
 
     python examples/train_tiny.py tiny --poses cmu_poses
 
-`cmu_poses` is a folder that `chatpose data cmu` reads. Another call goes on where one stopped. Two hours on 2 CPU cores, 13 GB of
-memory. `tiny/chatpose-tiny` is the result, `tiny/words` and `tiny/run` are the trainings with their logs.
+`cmu_poses` is a folder that `chatpose data cmu` reads. Another call goes on where one stopped. Hours on 2 CPU cores, 13 GB of memory.
+`tiny/chatpose-tiny` is the result, `tiny/words` and `tiny/run` are the trainings with their logs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).resolve().parent
 # Of each folder of rows: the source, its input, options.
 ROWS = {
     "key_poses": ("key-poses", EXAMPLES / "key_poses"),
-    "instructions": ("instructions", EXAMPLES / "instructions", "--count", "140000"),
+    "instructions": ("instructions", EXAMPLES / "instructions", "--count", "300000"),
     "chats": ("chats", EXAMPLES / "chats"),
     "compositions": ("compositions", "rows/cmu", "--count", "140000"),
     "key_compositions": ("compositions", "rows/key_poses", "--count", "50000"),
@@ -39,31 +39,33 @@ TOWER = (
     ("draw_people.py", "people.safetensors", "rows/cmu", "rows/cmu", "rows/key_poses"),
     ("train_tower.py", "tower", "people.safetensors", "people_val.safetensors"),
 )
-TEXTS_OF_EACH = 100_000  # for the tokenizer
+TRAIN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "chatpose_hf.cli", "train")
 
 
 def make_rows(poses: Path) -> None:
     for name, (source, folder, *options) in {"cmu": ("cmu", poses), **ROWS}.items():
-        if not Path(f"rows/{name}/summary.json").exists():
-            command = ["data", source, "--input", str(folder), "--output", f"rows/{name}", *options]
-            if chatpose(command):
-                raise SystemExit(f"chatpose {' '.join(command)} failed")
+        command = ["data", source, "--input", str(folder), "--output", f"rows/{name}", *options]
+        if not Path(f"rows/{name}/summary.json").exists() and chatpose(command):
+            raise SystemExit(f"rows/{name} could not be made")
 
 
 def make_base() -> None:
     torch.manual_seed(0)
-    texts = (itertools.islice(read_texts(f"rows/{name}"), TEXTS_OF_EACH) for name in ("cmu", *ROWS))
+    texts = (itertools.islice(read_texts(f"rows/{name}"), 100_000) for name in ("cmu", *ROWS))
     tokenizer, text_model, template = make_text_model(itertools.chain(*texts), 4096, 256, layers=4, heads=4)
     vision_tower, image_processor = load_vision_tower("tower")
     processor = ChatPoseProcessor(image_processor, tokenizer, patch_size=16, num_additional_image_tokens=1)
     processor.chat_template = template
     # A new tower has no reason to leave its last layer out, as CLIP's users do. One token a pose: a wide head costs little.
-    fields = {"vision_feature_layer": -1, "pose_head_hidden_size": 1024}
-    model = ChatPoseForConditionalGeneration.from_llava(
-        text_model=text_model, vision_tower=vision_tower, processor=processor, **fields
-    )
+    fields = {"vision_feature_layer": -1, "pose_head_hidden_size": 1024, "processor": processor}
+    model = ChatPoseForConditionalGeneration.from_llava(text_model=text_model, vision_tower=vision_tower, **fields)
     model.save_pretrained("base")
     processor.save_pretrained("base")
+
+
+def run(result: str, *command: str | Path) -> None:
+    if not Path(result).exists():
+        subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
 def write_release() -> None:
@@ -85,14 +87,12 @@ def main() -> None:
     os.chdir(output)
     make_rows(poses)
     for script, result, *arguments in TOWER:
-        if not Path(result).exists():
-            subprocess.run([sys.executable, str(EXAMPLES / script), result, *arguments], check=True)
+        run(result, EXAMPLES / script, result, *arguments)
     if not Path("base/model.safetensors").exists():
         make_base()
-    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "chatpose_hf.cli", "train"]
-    for name, folder in (("chatpose_tiny_words", "words"), ("chatpose_tiny", "run")):
-        if not Path(f"{folder}/model.safetensors").exists():
-            subprocess.run([*train, str(EXAMPLES / "configs" / f"{name}.yaml"), "--resume"], check=True)
+    run("words/model.safetensors", *TRAIN, EXAMPLES / "configs" / "chatpose_tiny_words.yaml", "--resume")
+    run("start", EXAMPLES / "train_projector.py", "start", "words", "people.safetensors", "people_val.safetensors")
+    run("run/model.safetensors", *TRAIN, EXAMPLES / "configs" / "chatpose_tiny.yaml", "--resume")
     write_release()
 
 
