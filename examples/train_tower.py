@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("output", help="folder to write")
     parser.add_argument("people", help="drawn people")
     parser.add_argument("val", help="others, of the split val")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
     torch.manual_seed(0)
     tower, image_processor = make_vision_tower(112, 16, hidden_size=192, layers=6, heads=6)
