@@ -86,7 +86,7 @@ sys.modules["chatpose_hf"] = None
 from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
-chat = [{"role": "user", "content": [{"type": "text", "text": "He runs."}]}]
+chat = [{"role": "user", "content": [{"type": "text", "text": "Raise the left arm."}]}]
 options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 output = model.generate(**processor.apply_chat_template(chat, **options), max_new_tokens=32, return_dict_in_generate=True)
 (reply,) = processor.post_process_poses(output)
@@ -97,6 +97,6 @@ print(json.dumps(reply["poses"][0]["theta"].tolist()))
     command = [sys.executable, "-c", code, CHATPOSE_TINY]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    (reply,) = pipe(["He runs."], max_new_tokens=32)
+    (reply,) = pipe(["Raise the left arm."], max_new_tokens=32)
     expected = reply["poses"][0]["theta"]
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-4, rtol=0)
