@@ -325,7 +325,7 @@ def test_gradient_of_any_loss_then_is_its_difference_quotient(settings):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"joint_error": "l2"}, "expected a joint error of rotmat_l1, rot6d_l1, geodesic, got 'l2'"),
+        ({"joint_error": "l2"}, "expected a joint error of rotmat_l1, rotmat_mse, rot6d_l1, geodesic, got 'l2'"),
         ({"joint_weights": {"elbow": 1.0}}, "expected joints of pelvis, l_hip, .* in `joint_weights`, got 'elbow'"),
         ({"joint_weights": {"neck": -1}}, "expected finite weights, not negative, .* got -1 for neck"),
         ({"joint_weights": {"neck": float("nan")}}, "got nan for neck"),
