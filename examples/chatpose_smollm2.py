@@ -39,6 +39,7 @@ def make_base(text_model: str, gguf: str | None, new_weights: bool):
         vision_tower=tiny.model.vision_tower,
         processor=processor,
         vision_feature_layer=tiny.config.vision_feature_layer,
+        pose_head_hidden_size=tiny.config.pose_head_hidden_size,
     )
     return model, processor
 

@@ -40,6 +40,9 @@ class TuningArguments:
         lora_dropout (`float`, *optional*, defaults to 0.05), lora_targets (`list[str]`, *optional*):
             Dropout, and the layers of the language model by name; `q_proj` and `v_proj` by default (the original's
             merge script).
+        lora_layers (`int`, *optional*):
+            Update the last so many layers of the language model only; all by default. Where no projector or tower is trained
+            the backward pass ends there, and the embedding of `<POSE>` learns only if it is tied to the output layer.
         use_dora (`bool`, *optional*, defaults to `False`), use_rslora (`bool`, *optional*, defaults to `False`):
             As in [`~peft.LoraConfig`].
         vision_layers (`int`, *optional*, defaults to 0):
@@ -53,6 +56,9 @@ class TuningArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the updates"})
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "layers of the language model, by name"}
+    )
+    lora_layers: int | None = field(
+        default=None, metadata={"help": "update the last so many layers of the language model only (default: all)"}
     )
     use_dora: bool = field(default=False, metadata={"help": "weight-decomposed updates (DoRA)"})
     use_rslora: bool = field(default=False, metadata={"help": "updates scaled by the root of the rank (rsLoRA)"})
@@ -68,6 +74,10 @@ class TuningArguments:
             raise ValueError(
                 f"expected `lora_r` of at least 1 and `vision_layers` of at least -1, got {self.lora_r} and "
                 f"{self.vision_layers}"
+            )
+        if self.lora_layers is not None and (self.lora_layers < 1 or self.method != "lora"):
+            raise ValueError(
+                f"expected `lora_layers` of at least 1, with `method=lora`, got {self.lora_layers} and {self.method!r}"
             )
 
 
@@ -104,15 +114,24 @@ def prepare_model(
         # The Trainer turns on checkpointing where it is asked for.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     names = "|".join(map(re.escape, tuning.lora_targets))
-    targets = rf"model\.language_model\..*\.({names})"
+    layers = model.model.language_model.layers
+    count = len(layers) if tuning.lora_layers is None else tuning.lora_layers
+    if count > len(layers):
+        raise ValueError(f"expected at most {len(layers)} `lora_layers`, got {count}")
+    numbers = "|".join(map(str, range(len(layers) - count, len(layers))))
+    targets = rf"model\.language_model\.layers\.({numbers})\..*\.({names})"
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = [name for name in linear if re.fullmatch(targets, name)]
     absent = [name for name in tuning.lora_targets if not any(path.endswith(f".{name}") for path in found)]
     if absent or not found:
         names = sorted({name.split(".")[-1] for name in linear if name.startswith("model.language_model.")})
         raise ValueError(f"expected `lora_targets` of {', '.join(names)}, got {', '.join(absent) or 'none'}")
-    tokens = {"embed_tokens": [model.config.pose_token_id]}
-    if not model.config.tie_word_embeddings:
+    # Below its first updated layer the language model stays as it is, <POSE> where it is read included, unless a picture's way in
+    # is trained.
+    ends_early = count < len(layers) and trained == ["pose_head"]
+    is_tied = model.config.tie_word_embeddings
+    tokens = {} if ends_early and not is_tied else {"embed_tokens": [model.config.pose_token_id]}
+    if not is_tied:
         tokens["lm_head"] = [model.config.pose_token_id]
     config = LoraConfig(
         r=tuning.lora_r,
@@ -125,6 +144,9 @@ def prepare_model(
         use_rslora=tuning.use_rslora,
         revision=revision,
     )
+    if ends_early:
+        # A tied embedding, which learns as the output layer, would take the backward pass through all the layers below.
+        layers[-count].register_forward_pre_hook(lambda layer, args: (args[0].detach(), *args[1:]))
     model = get_peft_model(model, config)
     # Also the copies of vision modules of a base in bfloat16, which would round small changes away.
     for weight in model.parameters():

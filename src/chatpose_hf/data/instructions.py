@@ -10,27 +10,45 @@ from .prompts import ANSWERS, TEXT_QUESTIONS, fill_template, make_messages
 from .source import BODY_ONLY_MASK, DrawnSource
 
 
-_CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE = 0.12, 0.4, 0.3
+_CHAT_SHARE, _SINGLE_SHARE, _WRAPPED_SHARE, _FRAMED_SHARE = 0.12, 0.4, 0.3, 0.25
 _STANDING_SHARE, _SAID_SHARE = 0.65, 0.3
 _WEIGHTS = {"arm": 3, "leg": 5, "head": 5, "torso": 5}  # how often a part is spoken of, by the last word of its name
 # Subject, possessor, and the form of "to be" that goes with it; the first of these may also stand before a participle.
 _NOUNS = (
     *(("a person", "their"), ("a man", "his"), ("a woman", "her"), ("someone", "their"), ("the person", "their")),
     *(("somebody", "their"), ("a guy", "his"), ("a girl", "her"), ("the figure", "its"), ("a figure", "its")),
+    *(("my friend", "her"), ("my sister", "her"), ("my father", "his"), ("the boy", "his"), ("the dancer", "her")),
+    *(("the patient", "his"), ("the waitress", "her"), ("a child", "their"), ("this woman", "her")),
 )
 _SUBJECTS = (
     *((noun, possessor, "is") for noun, possessor in _NOUNS),
     *(("she", "her", "is"), ("he", "his", "is"), ("they", "their", "are"), ("I", "my", "am"), ("you", "your", "are")),
 )
-# Around an order: to whoever reads it, to a figure.
-_ASKED = (
-    *("please {}", "now {}", "I want you to {}", "try to {}", "show me how to {}", "could you {}?", "can you {}?"),
-    *("would you {}?", "could you please {}?", "I would like you to {}", "you should {}", "let me see you {}"),
-    *("go ahead and {}", "{}, please"),
-)
-_MADE = (
-    *("make the figure {}", "let the figure {}", "have the figure {}", "get the figure to {}", "I want it to {}"),
-    *("can you make it {}?", "the figure should {}"),
+# Around an order, to whoever reads it, to a figure, or to the one who speaks; and whose limbs they are.
+_YOURS = ("the", "the", "the", "your", "your", "")
+_FRAMES = (
+    (
+        (
+            *("please {}", "now {}", "I want you to {}", "try to {}", "show me how to {}", "could you {}?"),
+            *("would you {}?", "could you please {}?", "I would like you to {}", "you should {}", "can you {}?"),
+            *("go ahead and {}", "{}, please", "let me see you {}"),
+        ),
+        _YOURS,
+    ),
+    (
+        (
+            *("make the figure {}", "let the figure {}", "have the figure {}", "get the figure to {}"),
+            *("I want it to {}", "can you make it {}?", "the figure should {}"),
+        ),
+        ("the", "its"),
+    ),
+    (
+        (
+            *("my coach told me to {}", "the doctor wants me to {}", "my teacher asked me to {}", "I was told to {}"),
+            *("I have to {}", "how do I {}?", "what does it look like when I {}?", "they want me to {}"),
+        ),
+        ("the", "my", "my"),
+    ),
 )
 # Around a person, an absolute phrase, and a whole clause.
 _PERSON = (
@@ -151,14 +169,15 @@ def _choose(grammar: Grammar, pose: list[Choice], rng: random.Random, count: int
     chosen: list[Choice] = []
     for _ in range(count):
         taken = {joint for choice in (*pose[1:], *chosen) for joint in choice.joints.tolist()}
-        by_part: dict[str, list[Choice]] = {}
+        # By name before side: what has one side only, such as crossed arms, is not rarer for it.
+        by_part: dict[str, dict[str, list[Choice]]] = {}
         for choice in grammar.choices[pose[0].name]:
             if taken.isdisjoint(choice.joints.tolist()):
-                by_part.setdefault(choice.part, []).append(choice)
+                by_part.setdefault(choice.part, {}).setdefault(choice.name, []).append(choice)
         if not by_part:
             break
         part = rng.choices(list(by_part), [_WEIGHTS.get(name.split()[-1], 1) for name in by_part])[0]
-        chosen.append(rng.choice(by_part[part]))
+        chosen.append(rng.choice(by_part[part][rng.choice(list(by_part[part]))]))
     return chosen
 
 
@@ -264,8 +283,8 @@ def make_sentence(pose: list[Choice], says_posture: bool, rng: random.Random) ->
 
 
 def _order(told: list[Choice], says_posture: bool, rng: random.Random) -> str:
-    frame = rng.choice(rng.choice((_ASKED, _MADE))) if rng.random() < 0.15 else "{}"
-    the = rng.choice(("the", "its") if frame in _MADE else ("the", "the", "the", "your", "your", ""))
+    frames, possessors = rng.choice(_FRAMES) if rng.random() < _FRAMED_SHARE else (("{}",), _YOURS)
+    frame, the = rng.choice(frames), rng.choice(possessors)
     orders = [_fill(_pick_order(choice, says_posture, rng), the) for choice in told]
     draw = rng.random()
     if len(orders) == 1:
