@@ -174,6 +174,7 @@ def test_lora_then_has_the_settings_of_the_arguments(bases):
         lora_alpha=256,
         lora_dropout=0.05,
         lora_targets=["q_proj", "v_proj"],
+        lora_layers=None,
         use_dora=False,
         use_rslora=False,
         vision_layers=0,
@@ -193,6 +194,45 @@ def test_lora_before_a_step_then_is_the_base(bases):
     batch = ChatPoseCollator(processor)(make_rows())
     model = prepare_model(start(bases / "untied")[0], TuningArguments(**LORA)).eval()
     torch.testing.assert_close(model(**batch).logits, base.eval()(**batch).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["untied", "tied"])
+def test_lora_layers_then_nothing_below_them_changes_or_gets_a_gradient(bases, base):
+    model, processor = start(bases / base)
+    batch = ChatPoseCollator(processor)(make_rows())
+    before = model.eval()(**batch)
+    model = prepare_model(model, TuningArguments(**LORA, lora_layers=1))
+    names = {name for name in lora_names(tie=base == "tied") if ".layers.0." not in name}
+    if base == "untied":  # where it is read, <POSE> stays as it is
+        names -= {name for name in names if "embed_tokens" in name}
+    assert plain(trained_names(model)) == names | POSE_HEAD
+    torch.testing.assert_close(model.eval()(**batch).loss, before.loss)
+    reached = []
+    model.get_submodule("base_model.model.model.language_model.layers.0").register_full_backward_hook(
+        lambda *_: reached.append(0)
+    )
+    model.get_submodule("base_model.model.model.language_model.layers.1").register_full_backward_hook(
+        lambda *_: reached.append(1)
+    )
+    losses = train(model, batch)
+    assert losses[-1] < losses[0]
+    assert set(reached) == {1}
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_lora_layers_with_a_projector_then_train_both(bases):
+    model, processor = start(bases / "untied")
+    model = prepare_model(model, TuningArguments(**LORA, lora_layers=1, train_projector=True))
+    model(**ChatPoseCollator(processor)(make_rows())).loss.backward()
+    weights = [weight for name, weight in model.named_parameters() if "projector" in name and weight.requires_grad]
+    assert weights
+    assert all((weight.grad != 0).any() for weight in weights)
+
+
+def test_lora_layers_when_there_are_fewer_then_says_how_many(bases):
+    model, _ = start(bases / "untied")
+    with pytest.raises(ValueError, match="expected at most 2 `lora_layers`, got 3"):
+        prepare_model(model, TuningArguments(lora_layers=3))
 
 
 VISION_PARTS = {
@@ -291,6 +331,8 @@ def test_full_then_a_step_moves_all_that_trains_and_nothing_else(bases, base):
         ({"method": "qlora"}, "expected `method` of lora, full, got 'qlora'"),
         ({"lora_r": 0}, "expected `lora_r` of at least 1 .* got 0 and 0"),
         ({"vision_layers": -2}, "`vision_layers` of at least -1, got 128 and -2"),
+        ({"lora_layers": 0}, "expected `lora_layers` of at least 1, with `method=lora`, got 0 and 'lora'"),
+        ({"lora_layers": 1, "method": "full"}, "expected `lora_layers` .* got 1 and 'full'"),
     ],
 )
 def test_tuning_arguments_when_one_is_wrong_then_says_which(arguments, message):

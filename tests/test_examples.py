@@ -8,6 +8,7 @@ import chatpose_smollm2
 import pytest
 import rescale_pose_head
 import torch
+import train_pose_head
 import yaml
 from conftest import ROOT
 from make_rows import make_rows, write_splits
@@ -15,6 +16,7 @@ from make_tiny_checkpoint import TEXT, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatpose_hf.adapters import TuningArguments, load_trained, prepare_model
+from chatpose_hf.collator import ChatPoseCollator
 from chatpose_hf.data.rows import load_rows
 from chatpose_hf.rotations import rot6d_to_rotmat
 from chatpose_hf.training import parse_arguments
@@ -86,6 +88,25 @@ def test_a_rescaled_head_gives_the_same_poses_by_vectors_of_length_one(processor
     before, after = (rescale_pose_head.mean_lengths(each, processor, rows) for each in (model, rescaled))
     torch.testing.assert_close(after, torch.ones(24, 2))
     assert (before - 1).abs().max() > 0.5
+
+
+def test_a_pose_head_from_states_alone_learns_and_nothing_else_changes(processor, tmp_path, monkeypatch, capsys):
+    rows = write_splits(tmp_path / "rows", make_rows(), make_rows())
+    base = make_model(processor)
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    settings = ["--rows", str(rows), "--count", "40", "--epochs", "600"]
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out"), str(tmp_path / "base"), *settings])
+    train_pose_head.main()
+    assert "val: PA-MPJPE" in capsys.readouterr().out
+    trained, _ = load_trained(tmp_path / "out")
+    assert trained.dtype == torch.float32
+    for name, weight in trained.named_parameters():
+        rounded = base.get_parameter(name).bfloat16().float()
+        assert name.startswith("pose_head.") != torch.equal(weight, rounded), name
+    batch = ChatPoseCollator(processor)(make_rows())
+    with torch.no_grad():
+        assert trained(**batch).pose_loss < 0.5 * base(**batch).pose_loss
 
 
 def test_smollm2_is_put_together_with_its_adapter(tmp_path, monkeypatch):
