@@ -2,8 +2,8 @@
 
     python examples/train_pose_head.py start smollm2_base --rows rows/key_poses rows/instructions --count 20000
 
-LoRA that starts from there need not wait for a head that knows nothing ("linear probing, then fine-tuning", Kumar et al., ICLR 2022).
-What the head reaches says how much of poses a language model knows before it is trained on any. Hardware: 2 CPU cores.
+LoRA then need not wait for a head that knows nothing ("linear probing, then fine-tuning", Kumar et al., ICLR 2022); and what the
+head reaches says how much of poses a language model knows before it is trained on any. Hardware: 2 CPU cores.
 """
 
 import argparse
@@ -45,12 +45,10 @@ def read_states(model, processor, mixture: Mixture, count: int) -> tuple[torch.T
 
 def fit(head: nn.Module, states: torch.Tensor, poses: torch.Tensor, epochs: int) -> None:
     """Trains the head on states that are brought to mean 0 and size 1, and then puts that into its first layer."""
-    mean, scale = states.mean(0), states.std(0).clamp(min=1e-6)
+    mean, scale = states.mean(0), states.std(0) + 1e-6
     states, pose_loss = (states - mean) / scale, PoseLoss("rotmat_mse", joint_position_weight=1.0)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, epochs=epochs, steps_per_epoch=-(-len(states) // 256)
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(states) // 256 + 1))
     for _ in (bar := trange(epochs, unit="epoch")):
         for indices in torch.randperm(len(states)).split(256):
             rot6d = head(states[indices])
@@ -65,10 +63,10 @@ def fit(head: nn.Module, states: torch.Tensor, poses: torch.Tensor, epochs: int)
         head.linear_1.bias.sub_(head.linear_1.weight @ mean)
 
 
-def compare(found: torch.Tensor, poses: torch.Tensor) -> tuple[float, float]:
+@torch.no_grad()
+def compare(head: nn.Module, states: torch.Tensor, poses: torch.Tensor) -> tuple[float, float]:
     """Millimetres, and of how many rows, in percent, no other row's pose is nearer than its own (or one like it)."""
-    body = BodyModel.load("default")
-    joints, targets = body.joints(found), body.joints(poses)
+    joints, targets = (BodyModel.load("default").joints(each) for each in (rot6d_to_rotmat(head(states)), poses))
     distances = torch.cdist(joints.flatten(1), targets.flatten(1))
     is_nearest = distances.diagonal() <= distances.min(dim=1).values + 1e-4
     return pa_mpjpe_mm(joints, targets).mean().item(), 100 * is_nearest.float().mean().item()
@@ -80,7 +78,7 @@ def main() -> None:
     parser.add_argument("model", help="a ChatPose")
     parser.add_argument("--rows", nargs="+", required=True, metavar="DIR", help="folders of rows, in equal shares")
     parser.add_argument(
-        "--count", type=int, default=20_000, help="rows to learn from, drawn anew where there are fewer"
+        "--count", type=int, default=20_000, help="rows to learn from")
     )
     parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args()
@@ -91,9 +89,7 @@ def main() -> None:
     fit(model.pose_head, *read_states(model, processor, mixture, options.count), options.epochs)
     for folder in options.rows:
         val = Mixture([load_rows(folder, "val")], [1.0])
-        states, poses = read_states(model, processor, val, min(len(val), 600))
-        with torch.no_grad():
-            error, nearest = compare(rot6d_to_rotmat(model.pose_head(states)), poses)
+        error, nearest = compare(model.pose_head, *read_states(model, processor, val, min(len(val), 600)))
         print(f"{folder}, val: PA-MPJPE {error:.1f} mm; the nearest of its poses is the right one in {nearest:.1f} %")
     model.float().save_pretrained(options.output)
     processor.save_pretrained(options.output)
