@@ -77,9 +77,7 @@ def main() -> None:
     parser.add_argument("output", help="folder to write")
     parser.add_argument("model", help="a ChatPose")
     parser.add_argument("--rows", nargs="+", required=True, metavar="DIR", help="folders of rows, in equal shares")
-    parser.add_argument(
-        "--count", type=int, default=20_000, help="rows to learn from")
-    )
+    parser.add_argument("--count", type=int, default=20_000, help="rows to learn from")
     parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args()
     torch.manual_seed(0)
