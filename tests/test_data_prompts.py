@@ -85,6 +85,16 @@ def test_draw_when_speculative_then_asks_the_situation_not_the_description():
         assert "knee" not in question_of(messages)
 
 
+def test_draw_when_the_pose_has_a_name_then_a_situation_is_answered_by_it_before_the_pose():
+    texts = captions(name=["down on one knee"], implicit=["A man proposes marriage"], human=["He kneels."])
+    answers = [answer_of(messages) for messages in draws("spg", texts, count=600)]
+    named = [answer for answer in answers if answer == "My guess: down on one knee. <POSE>."]
+    explained = [answer for answer in answers if "He kneels." in answer]
+    assert len(named) + len(explained) == 600
+    assert len(named) > 400
+    assert not any("My guess" in answer_of(messages) for messages in draws("text_to_pose", texts))
+
+
 def test_draw_when_reasoning_then_asks_the_phrase_with_the_image():
     for messages in draws("rpe", captions(phrase=["the man with black hair"]), num_images=1):
         assert "the man with black hair" in question_of(messages)

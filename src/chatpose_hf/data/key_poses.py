@@ -23,7 +23,7 @@ class KeyPoses(Source):
 
     Every pose is in both splits. In val it is asked by the last sentence of each kind, which train does not have: the same
     pose in other words. A row of task `"text_to_pose"` by explicit sentences (kind `"human"`), in train also by geometry; and
-    one of task `"spg"` by situations.
+    one of task `"spg"` by situations, which has the pose's name (kind `"name"`) to be said in the answer.
     """
 
     name = "key-poses"
@@ -53,7 +53,9 @@ class KeyPoses(Source):
             implicit = [("implicit", text) for text in item["implicit"][chosen]]
             told = [("geometry", text) for text in automatic] if split == "train" else []
             yield self.make_row(id, "text_to_pose", [pose], [*explicit, *told], pose_mask=BODY_ONLY_MASK)
-            yield self.make_row(f"{id}/spg", "spg", [pose], [*implicit, *explicit], pose_mask=BODY_ONLY_MASK)
+            yield self.make_row(
+                f"{id}/spg", "spg", [pose], [("name", item["name"]), *implicit, *explicit], pose_mask=BODY_ONLY_MASK
+            )
 
 
 def make_pose(turns: dict[str, list[float]]) -> torch.Tensor:

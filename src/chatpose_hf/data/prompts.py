@@ -108,6 +108,9 @@ EXPLAINED_ANSWERS = (
     "{sent} So the SMPL pose is <POSE>.",
     "{sent} It is <POSE>.",
 )
+# Ours: a situation's pose by its name, and then the pose. Having said the name, a model has made up its mind: without one it answers
+# the mean of the poses that it thinks of, which is none of them.
+NAMED_ANSWER = "My guess: {phrase}. <POSE>."
 # Ours: several people
 GROUP_QUESTIONS = (
     "Can you give the SMPL poses of {phrases}?",
@@ -169,7 +172,7 @@ def draw_messages(
         task (`str`):
             - `"text_to_pose"`: a caption of a describing kind (`"human"`, `"automatic"`, `"geometry"`) is asked for.
             - `"pose_estimation"`: the picture is; with several poses, the captions of kind `"phrase"` name the people.
-            - `"spg"`: a caption of kind `"implicit"` is.
+            - `"spg"`: a caption of kind `"implicit"` is; where there is one of kind `"name"`, the answer says it first.
             - `"rpe"`: the picture and a caption of kind `"phrase"` are, one phrase for each pose if there are several.
 
             In some rows that have a caption of a describing kind, the question wants an explanation, which is that
@@ -227,7 +230,8 @@ def draw_messages(
         elif share < _MORE_SHARE + _PLAIN_SHARE + _BARE_SHARE:
             questions = BARE_QUESTIONS if asked else plain_questions
         question = fill_template(rng.choice(questions), asked)
-        answer = rng.choice(ANSWERS)
+        names = by_kind.get("name", []) if task == "spg" else []
+        answer = fill_template(NAMED_ANSWER, rng.choice(names)) if names else rng.choice(ANSWERS)
     return make_messages(question, answer, num_images)
 
 

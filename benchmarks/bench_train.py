@@ -1,0 +1,197 @@
+"""
+A training step of ChatPose with LoRA against plain LLaVA with the same LoRA on the same batches: seconds and memory.
+
+    python benchmarks/bench_train.py --quick                                               # 2 CPU cores, under a minute
+    python benchmarks/bench_train.py --json benchmarks/results/train_cpu.json
+    python benchmarks/bench_train.py --device cuda --dtype bfloat16 --json benchmarks/results/train_cuda.json
+
+Hardware: any Linux machine; 2 CPU cores and 6 GB of memory do. Time: about 12 minutes on 2 idle cores for the second command.
+Weights are random (SmolLM2-135M's shape with a vocabulary of 32,064, a small CLIP tower). How to read the numbers:
+benchmarks/README.md.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from bench_generate import MIB, describe_environment, print_table, read_memory, summarize, time_alternating, write_json
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from chatpose_hf import ChatPoseConfig, ChatPoseForConditionalGeneration
+from chatpose_hf.adapters import TuningArguments, prepare_model
+
+
+SIDES = ("ours", "plain")
+VOCABULARY, IMAGE, POSE = 32_064, 32_000, 32_001
+# Rows, text tokens of a row, whether it has a picture, and which part of the text is labels, as answers are.
+WORKLOADS = {
+    "8 x 128, text, a quarter labels": (8, 128, False, 0.25),
+    "8 x 128, text, all labels": (8, 128, False, 1.0),
+    "2 x 1,024, text, a quarter labels": (2, 1024, False, 0.25),
+    "4 x 128, image, a quarter labels": (4, 128, True, 0.25),
+}
+
+
+def make_model(side: str, args: argparse.Namespace):
+    """One side with LoRA, ready to train, and its optimizer."""
+    torch.manual_seed(0)
+    text_config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=args.layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=args.image_size,
+        patch_size=14,
+    )
+    fields = {
+        "image_token_index": IMAGE,
+        "image_seq_length": (args.image_size // 14) ** 2,
+        "tie_word_embeddings": False,
+    }
+    configs = {"vision_config": vision_config, "text_config": text_config, **fields}
+    dtype = getattr(torch, args.dtype)
+    if side == "ours":
+        model = ChatPoseForConditionalGeneration(ChatPoseConfig(**configs, pose_token_id=POSE)).to(dtype)
+        model.pose_head.float()
+        model = prepare_model(model.to(args.device), TuningArguments(lora_dropout=0.0))
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig(**configs)).to(args.device, dtype)
+        targets = r"model\.language_model\..*\.(q_proj|v_proj)"
+        model = get_peft_model(model, LoraConfig(r=128, lora_alpha=256, target_modules=targets))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return model.train(), torch.optim.AdamW(trained, 2e-4)
+
+
+def make_batch(name: str, side: str, args: argparse.Namespace) -> dict[str, Tensor]:
+    """The same tokens for both sides; ours has a pose in each row."""
+    rows, length, has_image, share = WORKLOADS[name]
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, IMAGE, (rows, length), generator=generator)
+    input_ids[:, -3] = POSE
+    labels = input_ids.clone()
+    labels[:, : length - int(share * length)] = -100
+    batch = {}
+    if has_image:
+        images = torch.full((rows, (args.image_size // 14) ** 2), IMAGE)
+        input_ids = torch.cat([input_ids[:, :4], images, input_ids[:, 4:]], dim=1)
+        labels = torch.cat([labels[:, :4], torch.full_like(images, -100), labels[:, 4:]], dim=1)
+        size = (rows, 3, args.image_size, args.image_size)
+        batch["pixel_values"] = torch.randn(size, generator=generator).to(getattr(torch, args.dtype))
+    batch |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    if side == "ours":
+        batch["pose_labels"] = torch.eye(3).expand(rows, 24, 3, 3)
+    return {key: value.to(args.device) for key, value in batch.items()}
+
+
+def make_step(model, optimizer, batch: dict[str, Tensor]):
+    def step() -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def measure_time(args: argparse.Namespace, bar: tqdm) -> list[dict]:
+    models = {side: make_model(side, args) for side in SIDES}
+    results = []
+    for name in args.workloads:
+        bar.set_description(f"time: {name}")
+        steps = {side: make_step(*models[side], make_batch(name, side, args)) for side in SIDES}
+        for side in SIDES:  # the warm-up is also a check
+            if not 0 < steps[side]() < float("inf"):
+                raise RuntimeError(f"{name}: the loss of {side} is not a finite number")
+            bar.update()
+        seconds = time_alternating(steps, args.rounds, args.device, bar)
+        medians = {f"seconds_{side}": median(seconds[side]) for side in SIDES}
+        results.append({"workload": name, **medians, **summarize(seconds["ours"], seconds["plain"])})
+    return results
+
+
+def run_memory_child(args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of a step of one side, the second one in this fresh process."""
+    side, name = args.memory_child
+    step = make_step(*make_model(side, args), make_batch(name, side, args))
+    step()
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    before = read_memory(args.device)["now"]
+    step()
+    peak = read_memory(args.device)["peak"]
+    return {"peak": peak, "growth": peak - before}
+
+
+def measure_memory(args: argparse.Namespace, bar: tqdm) -> list[dict]:
+    # As bench_generate.py: what is freed goes back to the system at once.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
+    results = []
+    for name in args.workloads:
+        bar.set_description(f"memory: {name}")
+        measured = {}
+        for side in SIDES:
+            command = [sys.executable, __file__, *sys.argv[1:], "--memory-child", side, name]
+            child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            measured[side] = json.loads(child.stdout.splitlines()[-1])
+            bar.update()
+        sizes = {f"{key}_mib_{side}": measured[side][key] for key in ("peak", "growth") for side in SIDES}
+        results.append({"workload": name, **sizes, "ratio": measured["ours"]["peak"] / measured["plain"]["peak"]})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, one workload, few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each workload, default 7; with --quick 3")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--memory-child", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.layers, args.image_size = (4, 112) if args.quick else (30, 336)
+    args.workloads = list(WORKLOADS)[:1] if args.quick else list(WORKLOADS)
+    transformers.logging.set_verbosity_error()
+    if args.memory_child:
+        print(json.dumps(run_memory_child(args)))
+        return
+    results = describe_environment(args)
+    results["settings"] = {key: value for key, value in vars(args).items() if key not in ("json", "memory_child")}
+    with tqdm(total=len(args.workloads) * (4 + 2 * args.rounds), unit="run") as bar:
+        # The children come first: beside a large parent they would share its caches and memory.
+        results["memory"] = measure_memory(args, bar)
+        results["time"] = measure_time(args, bar)
+    results["ratio_time"], results["ratio_memory"] = (
+        max(row["ratio"] for row in results[part]) for part in ("time", "memory")
+    )
+    print_table("Seconds of a step, ratio ours / plain", results["time"])
+    print_table("Peak memory of a step, ratio ours / plain", results["memory"])
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
