@@ -45,6 +45,17 @@ def test_rows_when_of_both_splits_then_share_poses_and_no_sentence(tmp_path):
     assert [caption["kind"] for caption in val[1]["captions"]] == ["name", "implicit", "human"]
 
 
+def test_rows_when_situations_are_many_then_they_stand_in_several(tmp_path):
+    texts = [f"Situation {number}." for number in range(46)]
+    source = write(tmp_path / "poses", [{**ITEM, "implicit": texts}])
+    train, val = (list(source.rows(part)) for part in source.parts())
+    assert [row["id"].removeprefix("gestures/salute") for row in train] == ["", "/spg", "/spg/1", "/spg/2"]
+    asked = [[c["text"] for c in row["captions"] if c["kind"] == "implicit"] for row in train[1:]]
+    assert [text for some in asked for text in some] == texts[:-1]
+    assert [len(some) for some in asked] == [20, 20, 5]
+    assert [c["text"] for c in val[1]["captions"] if c["kind"] == "implicit"] == texts[-1:]
+
+
 def test_pose_when_turned_in_degrees_then_stands_as_written():
     """An arm that hangs, of somebody who faces the camera: y is down."""
     joints = BodyModel.load().joints(make_pose({"l_shoulder": [0, 0, -90]}))
@@ -91,12 +102,12 @@ def test_poses_of_this_project_then_are_many_different_and_told_in_words_of_thei
     texts = [
         caption["text"] for row in rows for caption in row["captions"] if caption["kind"] in ("human", "implicit")
     ]
-    names = [caption["text"] for row in rows for caption in row["captions"] if caption["kind"] == "name"]
-    assert len(set(names)) == len(names) == len(told)
+    names = {(row["id"].split("/spg")[0], c["text"]) for row in rows for c in row["captions"] if c["kind"] == "name"}
+    assert len({name for _, name in names}) == len(names) == len(told)
     # Explicit sentences stand in two rows of a pose.
-    by_pose = {row["id"].removesuffix("/spg"): set() for row in rows}
+    by_pose = {row["id"].split("/spg")[0]: set() for row in rows}
     for row in rows:
-        by_pose[row["id"].removesuffix("/spg")] |= {
+        by_pose[row["id"].split("/spg")[0]] |= {
             c["text"] for c in row["captions"] if c["kind"] in ("human", "implicit")
         }
     assert sum(map(len, by_pose.values())) == len(set(texts)), "a sentence of two poses"

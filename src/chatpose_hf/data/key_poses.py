@@ -12,6 +12,7 @@ from .source import BODY_ONLY_MASK, Source, load_json
 
 
 _FIELDS = {"name", "turns", "explicit", "implicit"}
+_SITUATIONS = 20  # of a row, about as many as descriptions: what has many texts is asked for often
 _LEAST_TEXTS = 2  # of each kind: one to learn from, one to be asked by
 
 
@@ -23,7 +24,7 @@ class KeyPoses(Source):
 
     Every pose is in both splits. In val it is asked by the last sentence of each kind, which train does not have: the same
     pose in other words. A row of task `"text_to_pose"` by explicit sentences (kind `"human"`), in train also by geometry; and
-    one of task `"spg"` by situations, which has the pose's name (kind `"name"`) to be said in the answer.
+    one or more of task `"spg"` by situations, which have the pose's name (kind `"name"`) to be said in the answer.
     """
 
     name = "key-poses"
@@ -53,9 +54,10 @@ class KeyPoses(Source):
             implicit = [("implicit", text) for text in item["implicit"][chosen]]
             told = [("geometry", text) for text in automatic] if split == "train" else []
             yield self.make_row(id, "text_to_pose", [pose], [*explicit, *told], pose_mask=BODY_ONLY_MASK)
-            yield self.make_row(
-                f"{id}/spg", "spg", [pose], [("name", item["name"]), *implicit, *explicit], pose_mask=BODY_ONLY_MASK
-            )
+            for start in range(0, len(implicit), _SITUATIONS):
+                said = [("name", item["name"]), *implicit[start : start + _SITUATIONS], *explicit]
+                number = f"/{start // _SITUATIONS}" if start else ""
+                yield self.make_row(f"{id}/spg{number}", "spg", [pose], said, pose_mask=BODY_ONLY_MASK)
 
 
 def make_pose(turns: dict[str, list[float]]) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""
+What language models know of poses before they are trained on any: whose states tell the named pose of unseen words.
+
+    python benchmarks/bench_language_model.py smollm2_base smollm2_base_new --json benchmarks/results/language_model.json
+
+Each model is a ChatPose folder, such as examples/chatpose_smollm2.py writes, with and without `--new-weights`; "words" is TF-IDF in its
+place. Hardware: 2 CPU cores and 4 GB of memory. Time: 5 minutes a model of 135 M weights. How to read the numbers: benchmarks/README.md.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from bench_generate import describe_environment, print_table, write_json
+from bench_understanding import HERE, estimate, make_points
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+from tqdm import trange
+
+from chatpose_hf import ChatPoseForConditionalGeneration, ChatPoseProcessor
+from chatpose_hf.data.key_poses import KeyPoses
+from chatpose_hf.rotations import rot6d_to_rotmat, rotmat_to_rot6d, rotmat_to_rotvec, rotvec_to_rotmat
+
+
+KINDS = {"situations": "implicit", "descriptions": "human"}
+BATCH = 32
+PENALTIES = [10.0**power for power in range(-1, 6)]
+
+
+def load_texts(folder: str, count: int) -> tuple[Tensor, dict[str, tuple[list[str], Tensor]]]:
+    """The poses `(N, 24, 3)`; and of train, and of val by kind, the texts and each one's number of pose."""
+    source, poses = KeyPoses(folder), []
+    texts: dict[str, tuple[list[str], list[int]]] = {"train": ([], []), **{kind: ([], []) for kind in KINDS}}
+    for split in ("train", "val"):
+        parts = [part for part in source.parts() if part.startswith(split)]
+        rows = [row for part in parts for row in source.read_part(part) if row["task"] == "spg"]
+        by_id: dict[str, list[dict]] = {}
+        for row in rows:  # the situations of a pose stand in several
+            by_id.setdefault(row["id"].split("/spg")[0], []).append(row)
+        poses = [torch.tensor(rows[0]["poses"][0]).reshape(24, 3) for rows in by_id.values()]
+        for number, rows in enumerate(by_id.values()):
+            for name, kind in KINDS.items():
+                captions = [caption for row in rows for caption in row["captions"] if caption["kind"] == kind]
+                said = list(dict.fromkeys(caption["text"] for caption in captions))[:count]
+                known, owners = texts["train" if split == "train" else name]
+                known += said
+                owners += [number] * len(said)
+    return torch.stack(poses), {name: (known, torch.tensor(owners)) for name, (known, owners) in texts.items()}
+
+
+@torch.no_grad()
+def read_states(folder: str, texts: list[str]) -> Tensor:
+    """Of each text the mean of its tokens' last states, as a question in the model's own template: `(N, C)`."""
+    processor = ChatPoseProcessor.from_pretrained(folder)
+    model = ChatPoseForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+    prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    order = sorted(range(len(texts)), key=lambda number: len(prompts[number]))
+    states = torch.zeros(len(texts), model.config.text_config.hidden_size)
+    for start in trange(0, len(order), BATCH, desc=folder, unit="batch"):
+        numbers = order[start : start + BATCH]
+        inputs = processor(text=[prompts[number] for number in numbers], padding=True, return_tensors="pt")
+        told = model.model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None]
+        states[numbers] = (told * mask).sum(1) / mask.sum(1)
+    return states
+
+
+def read_words(texts: list[str], train: int) -> Tensor:
+    """TF-IDF, of which the first `train` texts say the words that count; as a kernel with them, `(N, train)`."""
+    vectors = TfidfVectorizer(sublinear_tf=True).fit(texts[:train]).transform(texts)
+    return torch.from_numpy((vectors @ vectors[:train].T).toarray()).float()
+
+
+def fit(features: Tensor, targets: Tensor, penalty: float) -> Tensor:
+    """Ridge regression, `(N, C)` and `(N, K)` to `(C, K)`."""
+    gram = features.T @ features
+    return torch.linalg.solve(gram + penalty * gram.diagonal().mean() * torch.eye(len(gram)), features.T @ targets)
+
+
+def rank_by_pose(told: Tensor, poses: Tensor, owners: Tensor) -> Tensor:
+    """Of rotations `(N, 24 * 6)` how many of the poses are nearer than the right one."""
+    found = torch.from_numpy(make_points(rotmat_to_rotvec(rot6d_to_rotmat(told.unflatten(-1, (24, 6))))))[:, :22]
+    distances = (found[:, None] - torch.from_numpy(make_points(poses))[None, :, :22]).norm(dim=-1).mean(-1)
+    return (distances < distances.gather(1, owners[:, None])).sum(1)
+
+
+def probe(name: str, features: Tensor, poses: Tensor, texts: dict) -> list[dict]:
+    """How often the right pose is first, or among five: by a classifier, and by a regression of its rotations."""
+    sizes = [len(owners) for _, owners in texts.values()]
+    mean, scale = features[: sizes[0]].mean(0), features[: sizes[0]].std(0) + 1e-6
+    train, *tests = ((features - mean) / scale).split(sizes)
+    owners = texts["train"][1]
+    rot6d = rotmat_to_rot6d(rotvec_to_rotmat(poses)).flatten(1)
+    results = []
+    for what, targets in (("class", torch.eye(len(poses))), ("rotations", rot6d)):
+        middle = targets.mean(0)
+
+        def rank(weights, features, owners, what=what, middle=middle):
+            told = features @ weights + middle
+            if what == "rotations":
+                return rank_by_pose(told, poses, owners)
+            return (told > told.gather(1, owners[:, None])).sum(1)
+
+        # The penalty by a fifth of train, drawn once.
+        is_kept = torch.rand(len(owners), generator=torch.Generator().manual_seed(0)) < 0.8
+        scores = [
+            (
+                rank(
+                    fit(train[is_kept], targets[owners[is_kept]] - middle, penalty), train[~is_kept], owners[~is_kept]
+                )
+                == 0
+            )
+            .float()
+            .mean()
+            for penalty in PENALTIES
+        ]
+        weights = fit(train, targets[owners] - middle, PENALTIES[int(torch.stack(scores).argmax())])
+        for kind, test in zip(KINDS, tests, strict=True):
+            ranks = rank(weights, test, texts[kind][1])
+            for top in (1, 5):
+                row = estimate(f"{kind}, top {top}", (ranks < top).tolist())
+                results.append({"features": name, "by": what, **row})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="ChatPose folders")
+    parser.add_argument("--key-poses", default=str(HERE.parent / "examples" / "key_poses"), metavar="DIR")
+    parser.add_argument("--texts", type=int, default=12, help="to learn from, of each pose and kind")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    args.device = "cpu"
+    poses, texts = load_texts(args.key_poses, args.texts)
+    said = [text for known, _ in texts.values() for text in known]
+    results = probe("words", read_words(said, len(texts["train"][0])), poses, texts)
+    for folder in args.models:
+        results += probe(Path(folder).name, read_states(folder, said), poses, texts)
+    print_table(f"The right one of {len(poses)} poses, from {len(texts['train'][0])} texts", results)
+    if args.json:
+        settings = {"models": [Path(folder).name for folder in args.models], "texts": args.texts}
+        write_json(args.json, {**describe_environment(args), "settings": settings, "results": results})
+
+
+if __name__ == "__main__":
+    main()
