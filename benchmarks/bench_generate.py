@@ -261,6 +261,29 @@ def read_memory(device: str) -> dict[str, float]:
     return {name: int(status[key].split()[0]) / 1024 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
+def measure_peak(call: Callable[[], object], device: str) -> dict[str, float]:
+    """MiB at the peak of a call, and how much more that is than before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    before = read_memory(device)["now"]
+    call()
+    peak = read_memory(device)["peak"]
+    return {"peak": peak, "growth": peak - before}
+
+
+def ask_memory_child(script: str, side: str, name: str) -> dict[str, float]:
+    """[`measure_peak`] of a side and a workload, by the script with its own arguments in a fresh process."""
+    # Blocks of 1 MiB and more go back to the system when freed, so that the peak is what was needed, not what the
+    # allocator happened to hoard.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
+    command = [sys.executable, script, *sys.argv[1:], "--memory-child", side, name]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
 def run_memory_child(args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of one `generate` of one side in this fresh process."""
     side, name = args.memory_child
@@ -270,30 +293,17 @@ def run_memory_child(args: argparse.Namespace) -> dict[str, float]:
     inputs = make_inputs(args, config, *make_workloads(args)[name])
     # The first call pays for threads and lazy imports, which are no part of what grows with the workload.
     run_generate(model, make_inputs(args, config, 1, has_image=True), config, 4)
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # peak := now
-    before = read_memory(args.device)["now"]
-    run_generate(model, inputs, config, args.new_tokens)
-    peak = read_memory(args.device)["peak"]
-    return {"peak": peak, "growth": peak - before}
+    return measure_peak(lambda: run_generate(model, inputs, config, args.new_tokens), args.device)
 
 
 def measure_memory(args: argparse.Namespace, bar: tqdm) -> list[dict]:
-    # Blocks of 1 MiB and more go back to the system when freed, so that the peak is what was needed, not what the
-    # allocator happened to hoard.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
     rows = []
     for name in args.memory_workloads:
         bar.set_description(f"memory: {name}")
         measured = {side: [] for side in SIDES}
         for _ in range(args.memory_rounds):
             for side in SIDES:
-                command = [sys.executable, __file__, *sys.argv[1:], "--memory-child", side, name]
-                child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                measured[side].append(json.loads(child.stdout.splitlines()[-1]))
+                measured[side].append(ask_memory_child(__file__, side, name))
                 bar.update()
         row = {"workload": name}
         for side in SIDES:

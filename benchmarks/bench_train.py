@@ -11,17 +11,21 @@ benchmarks/README.md.
 """
 
 import argparse
-import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
-from bench_generate import MIB, describe_environment, print_table, read_memory, summarize, time_alternating, write_json
+from bench_generate import (
+    ask_memory_child,
+    describe_environment,
+    measure_peak,
+    print_table,
+    summarize,
+    time_alternating,
+    write_json,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
@@ -134,28 +138,16 @@ def run_memory_child(args: argparse.Namespace) -> dict[str, float]:
     side, name = args.memory_child
     step = make_step(*make_model(side, args), make_batch(name, side, args))
     step()
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # peak := now
-    before = read_memory(args.device)["now"]
-    step()
-    peak = read_memory(args.device)["peak"]
-    return {"peak": peak, "growth": peak - before}
+    return measure_peak(step, args.device)
 
 
 def measure_memory(args: argparse.Namespace, bar: tqdm) -> list[dict]:
-    # As bench_generate.py: what is freed goes back to the system at once.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
     results = []
     for name in args.workloads:
         bar.set_description(f"memory: {name}")
         measured = {}
         for side in SIDES:
-            command = [sys.executable, __file__, *sys.argv[1:], "--memory-child", side, name]
-            child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            measured[side] = json.loads(child.stdout.splitlines()[-1])
+            measured[side] = ask_memory_child(__file__, side, name)
             bar.update()
         sizes = {f"{key}_mib_{side}": measured[side][key] for key in ("peak", "growth") for side in SIDES}
         results.append({"workload": name, **sizes, "ratio": measured["ours"]["peak"] / measured["plain"]["peak"]})

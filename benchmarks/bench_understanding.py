@@ -33,7 +33,7 @@ from chatpose_hf.adapters import load_trained
 from chatpose_hf.body import BodyModel
 from chatpose_hf.data.key_poses import KeyPoses
 from chatpose_hf.data.prompts import PHRASE_QUESTION, fill_template
-from chatpose_hf.data.rows import load_rows
+from chatpose_hf.data.rows import caption_texts, load_rows
 from chatpose_hf.metrics import bootstrap
 from chatpose_hf.render import contact_sheet, render_bodies
 
@@ -293,10 +293,10 @@ def main() -> None:
     answers = ask_for_poses(prompt.text for prompt in prompts)
     results["instructions"], records = judge_instructions(prompts, answers)
     requested, results["named poses"] = list(answers), []
-    situations = [row["captions"] for row in rows if row["task"] == "spg"]
-    for place, kind in enumerate(("implicit", "explicit")):
-        replies = ask_for_poses(situations[number][place]["text"] for number in named)
-        results["named poses"] += judge_named(kind, replies, named, poses)
+    told = [row for row in rows if row["task"] == "spg"]
+    for name, kind in (("implicit", "implicit"), ("explicit", "human")):
+        replies = ask_for_poses(caption_texts(told[number], [kind])[0] for number in named)
+        results["named poses"] += judge_named(name, replies, named, poses)
         requested += replies
     remarks = ask(pipe, unrelated, WORD_TOKENS, args.batch_size)
     results["pose token"] = [
