@@ -76,19 +76,18 @@ class PassCounter(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def make_models(args: argparse.Namespace) -> dict[str, LlavaForConditionalGeneration]:
-    """ChatPose with SmolLM2-135M's shape and random weights, and a plain LLaVA that holds the same modules."""
-    torch.manual_seed(args.seed)
+def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings: bool) -> dict:
+    """A LLaVA's fields: SmolLM2-135M's shape and a small tower."""
     text_config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=args.layers,
         num_attention_heads=9,
         num_key_value_heads=3,
-        vocab_size=49216,
+        vocab_size=vocab_size,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
         max_position_embeddings=8192,
     )
     # Four layers: a full tower's prefill, the same work on both sides, would hide what is compared.
@@ -100,17 +99,22 @@ def make_models(args: argparse.Namespace) -> dict[str, LlavaForConditionalGenera
         image_size=args.image_size,
         patch_size=14,
     )
-    fields = {
-        "image_token_index": 49152,
+    return {
+        "vision_config": vision_config,
+        "text_config": text_config,
         "image_seq_length": (args.image_size // 14) ** 2,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tie_word_embeddings,
     }
-    config = ChatPoseConfig(vision_config=vision_config, text_config=text_config, pose_token_id=49153, **fields)
+
+
+def make_models(args: argparse.Namespace) -> dict[str, LlavaForConditionalGeneration]:
+    """ChatPose with SmolLM2-135M's shape and random weights, and a plain LLaVA that holds the same modules."""
+    torch.manual_seed(args.seed)
+    fields = make_configs(args, vocab_size=49216, tie_word_embeddings=True) | {"image_token_index": 49152}
+    config = ChatPoseConfig(pose_token_id=49153, **fields)
     ours = ChatPoseForConditionalGeneration(config).eval().to(args.device)
     with torch.device("meta"):
-        plain = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision_config, text_config=text_config, **fields)
-        ).eval()
+        plain = LlavaForConditionalGeneration(LlavaConfig(**fields)).eval()
     plain.model, plain.lm_head = ours.model, ours.lm_head
     return {"ours": ours, "plain": plain}
 

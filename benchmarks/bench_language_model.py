@@ -1,13 +1,14 @@
 """
 What language models know of poses before they are trained on any: whose states tell the named pose of unseen words.
 
-    python benchmarks/bench_language_model.py smollm2_base smollm2_base_new --json benchmarks/results/language_model.json
+    python benchmarks/bench_language_model.py smollm2_base smollm2_base_new --texts 4 --json FILE
 
 Each model is a ChatPose folder, such as examples/chatpose_smollm2.py writes, with and without `--new-weights`; "words" is TF-IDF in its
 place. Hardware: 2 CPU cores and 4 GB of memory. Time: 5 minutes a model of 135 M weights. How to read the numbers: benchmarks/README.md.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,17 +73,22 @@ def read_words(texts: list[str], train: int) -> Tensor:
     return torch.from_numpy((vectors @ vectors[:train].T).toarray()).float()
 
 
-def fit(features: Tensor, targets: Tensor, penalty: float) -> Tensor:
-    """Ridge regression, `(N, C)` and `(N, K)` to `(C, K)`."""
-    gram = features.T @ features
-    return torch.linalg.solve(gram + penalty * gram.diagonal().mean() * torch.eye(len(gram)), features.T @ targets)
+def fit(features: Tensor, targets: Tensor, penalties: list[float]) -> list[Tensor]:
+    """Ridge regression, `(N, C)` and `(N, K)` to `(C, K)` for each penalty."""
+    gram, told = features.T @ features, features.T @ targets
+    unit = gram.diagonal().mean() * torch.eye(len(gram))
+    return [torch.linalg.solve(gram + penalty * unit, told) for penalty in penalties]
 
 
-def rank_by_pose(told: Tensor, poses: Tensor, owners: Tensor) -> Tensor:
-    """Of rotations `(N, 24 * 6)` how many of the poses are nearer than the right one."""
+def rank_classes(told: Tensor, owners: Tensor) -> Tensor:
+    """Of scores `(N, P)` how many of the poses have a higher one than the right pose."""
+    return (told > told.gather(1, owners[:, None])).sum(1)
+
+
+def rank_rotations(told: Tensor, owners: Tensor, points: Tensor) -> Tensor:
+    """Of rotations `(N, 24 * 6)` how many of the poses, by their `points` `(P, 22, 3)`, are nearer than the right one."""
     found = torch.from_numpy(make_points(rotmat_to_rotvec(rot6d_to_rotmat(told.unflatten(-1, (24, 6))))))[:, :22]
-    distances = (found[:, None] - torch.from_numpy(make_points(poses))[None, :, :22]).norm(dim=-1).mean(-1)
-    return (distances < distances.gather(1, owners[:, None])).sum(1)
+    return rank_classes(-(found[:, None] - points[None]).norm(dim=-1).mean(-1), owners)
 
 
 def probe(name: str, features: Tensor, poses: Tensor, texts: dict) -> list[dict]:
@@ -91,35 +97,25 @@ def probe(name: str, features: Tensor, poses: Tensor, texts: dict) -> list[dict]
     mean, scale = features[: sizes[0]].mean(0), features[: sizes[0]].std(0) + 1e-6
     train, *tests = ((features - mean) / scale).split(sizes)
     owners = texts["train"][1]
+    # The penalty by a fifth of train, drawn once.
+    is_kept = torch.rand(len(owners), generator=torch.Generator().manual_seed(0)) < 0.8
     rot6d = rotmat_to_rot6d(rotvec_to_rotmat(poses)).flatten(1)
+    points = torch.from_numpy(make_points(poses))[:, :22]
     results = []
-    for what, targets in (("class", torch.eye(len(poses))), ("rotations", rot6d)):
+    for what, targets, rank in (
+        ("class", torch.eye(len(poses)), rank_classes),
+        ("rotations", rot6d, partial(rank_rotations, points=points)),
+    ):
         middle = targets.mean(0)
-
-        def rank(weights, features, owners, what=what, middle=middle):
-            told = features @ weights + middle
-            if what == "rotations":
-                return rank_by_pose(told, poses, owners)
-            return (told > told.gather(1, owners[:, None])).sum(1)
-
-        # The penalty by a fifth of train, drawn once.
-        is_kept = torch.rand(len(owners), generator=torch.Generator().manual_seed(0)) < 0.8
-        scores = [
-            (
-                rank(
-                    fit(train[is_kept], targets[owners[is_kept]] - middle, penalty), train[~is_kept], owners[~is_kept]
-                )
-                == 0
-            )
-            .float()
-            .mean()
-            for penalty in PENALTIES
-        ]
-        weights = fit(train, targets[owners] - middle, PENALTIES[int(torch.stack(scores).argmax())])
+        wanted = targets[owners] - middle
+        tried = fit(train[is_kept], wanted[is_kept], PENALTIES)
+        ranks = [rank(train[~is_kept] @ weights + middle, owners[~is_kept]) for weights in tried]
+        best = max(range(len(PENALTIES)), key=lambda number, ranks=ranks: int((ranks[number] == 0).sum()))
+        (weights,) = fit(train, wanted, [PENALTIES[best]])
         for kind, test in zip(KINDS, tests, strict=True):
-            ranks = rank(weights, test, texts[kind][1])
+            placed = rank(test @ weights + middle, texts[kind][1])
             for top in (1, 5):
-                row = estimate(f"{kind}, top {top}", (ranks < top).tolist())
+                row = estimate(f"{kind}, top {top}", (placed < top).tolist())
                 results.append({"features": name, "by": what, **row})
     return results
 

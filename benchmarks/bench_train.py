@@ -20,6 +20,7 @@ import transformers
 from bench_generate import (
     ask_memory_child,
     describe_environment,
+    make_configs,
     measure_peak,
     print_table,
     summarize,
@@ -29,7 +30,7 @@ from bench_generate import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from chatpose_hf import ChatPoseConfig, ChatPoseForConditionalGeneration
 from chatpose_hf.adapters import TuningArguments, prepare_model
@@ -49,36 +50,14 @@ WORKLOADS = {
 def make_model(side: str, args: argparse.Namespace):
     """One side with LoRA, ready to train, and its optimizer."""
     torch.manual_seed(0)
-    text_config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=args.layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-    )
-    vision_config = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=args.image_size,
-        patch_size=14,
-    )
-    fields = {
-        "image_token_index": IMAGE,
-        "image_seq_length": (args.image_size // 14) ** 2,
-        "tie_word_embeddings": False,
-    }
-    configs = {"vision_config": vision_config, "text_config": text_config, **fields}
+    fields = make_configs(args, VOCABULARY, tie_word_embeddings=False) | {"image_token_index": IMAGE}
     dtype = getattr(torch, args.dtype)
     if side == "ours":
-        model = ChatPoseForConditionalGeneration(ChatPoseConfig(**configs, pose_token_id=POSE)).to(dtype)
+        model = ChatPoseForConditionalGeneration(ChatPoseConfig(**fields, pose_token_id=POSE)).to(dtype)
         model.pose_head.float()
         model = prepare_model(model.to(args.device), TuningArguments(lora_dropout=0.0))
     else:
-        model = LlavaForConditionalGeneration(LlavaConfig(**configs)).to(args.device, dtype)
+        model = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(args.device, dtype)
         targets = r"model\.language_model\..*\.(q_proj|v_proj)"
         model = get_peft_model(model, LoraConfig(r=128, lora_alpha=256, target_modules=targets))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
