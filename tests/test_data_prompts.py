@@ -87,11 +87,15 @@ def test_draw_when_speculative_then_asks_the_situation_not_the_description():
 
 def test_draw_when_the_pose_has_a_name_then_a_situation_is_answered_by_it_before_the_pose():
     texts = captions(name=["down on one knee"], implicit=["A man proposes marriage"], human=["He kneels."])
-    answers = [answer_of(messages) for messages in draws("spg", texts, count=600)]
+    some = draws("spg", texts, count=600)
+    answers = [answer_of(messages) for messages in some]
     named = [answer for answer in answers if answer == "My guess: down on one knee. <POSE>."]
-    explained = [answer for answer in answers if "He kneels." in answer]
+    explained = [answer for answer in answers if answer == "My guess: down on one knee. <POSE>. He kneels."]
     assert len(named) + len(explained) == 600
     assert len(named) > 400
+    asked_by_name = ["one knee" in question_of(messages) for messages in some]
+    assert 30 < sum(asked_by_name) < 90
+    assert all(("marriage" in question_of(m)) != by_name for m, by_name in zip(some, asked_by_name, strict=True))
     assert not any("My guess" in answer_of(messages) for messages in draws("text_to_pose", texts))
 
 

@@ -136,6 +136,7 @@ _QUESTIONS = {  # of each task: the original's, more of its kind, plain ones
 # Of the questions that are none of those the original trained on: of its kind, plain ones, the bare words.
 _MORE_SHARE, _PLAIN_SHARE, _BARE_SHARE = 0.1, 0.25, 0.25
 _EXPLAINED_SHARE = 0.2  # of the rows that have an explanation to give
+_NAME_ASKED_SHARE = 0.1  # of the situations whose pose has a name: people type that too
 
 
 class _Draw:
@@ -172,7 +173,8 @@ def draw_messages(
         task (`str`):
             - `"text_to_pose"`: a caption of a describing kind (`"human"`, `"automatic"`, `"geometry"`) is asked for.
             - `"pose_estimation"`: the picture is; with several poses, the captions of kind `"phrase"` name the people.
-            - `"spg"`: a caption of kind `"implicit"` is; where there is one of kind `"name"`, the answer says it first.
+            - `"spg"`: a caption of kind `"implicit"` is; where there is one of kind `"name"`, the answer says it first, and
+              some questions ask by it.
             - `"rpe"`: the picture and a caption of kind `"phrase"` are, one phrase for each pose if there are several.
 
             In some rows that have a caption of a describing kind, the question wants an explanation, which is that
@@ -192,6 +194,7 @@ def draw_messages(
     for caption in captions:
         by_kind.setdefault(caption["kind"], []).append(caption["text"])
     descriptions = [by_kind[kind] for kind in DESCRIBING_KINDS if kind in by_kind]
+    names = by_kind.get("name", []) if task == "spg" else []
 
     def need(texts: list, what: str) -> list:
         if not texts:
@@ -212,6 +215,8 @@ def draw_messages(
         asked = rng.choice(rng.choice(need(descriptions, _DESCRIPTION)))
     elif task == "spg":
         asked = rng.choice(need(by_kind.get("implicit", []), "a caption of kind `implicit`"))
+        if names and rng.random() < _NAME_ASKED_SHARE:
+            asked = rng.choice(names)
     elif task == "rpe":
         asked = rng.choice(need(by_kind.get("phrase", []), "a caption of kind `phrase`"))
     else:
@@ -219,7 +224,11 @@ def draw_messages(
     # Nobody explains what was just said: a described pose stays without.
     if task != "text_to_pose" and descriptions and rng.random() < _EXPLAINED_SHARE:
         question = f"{_as_sentence(asked)} {rng.choice(EXPLANATION_REQUESTS)}".strip()
-        answer = fill_template(rng.choice(EXPLAINED_ANSWERS), rng.choice(rng.choice(descriptions)))
+        explanation = rng.choice(rng.choice(descriptions))
+        if names:
+            answer = f"{fill_template(NAMED_ANSWER, rng.choice(names))} {_as_sentence(explanation)}"
+        else:
+            answer = fill_template(rng.choice(EXPLAINED_ANSWERS), explanation)
     else:
         questions, more_questions, plain_questions = _QUESTIONS[task]
         share = rng.random()
@@ -230,7 +239,6 @@ def draw_messages(
         elif share < _MORE_SHARE + _PLAIN_SHARE + _BARE_SHARE:
             questions = BARE_QUESTIONS if asked else plain_questions
         question = fill_template(rng.choice(questions), asked)
-        names = by_kind.get("name", []) if task == "spg" else []
         answer = fill_template(NAMED_ANSWER, rng.choice(names)) if names else rng.choice(ANSWERS)
     return make_messages(question, answer, num_images)
 
