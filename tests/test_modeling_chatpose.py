@@ -16,7 +16,7 @@ from transformers import (
     TextStreamer,
 )
 
-from chatpose_hf import ChatPoseForConditionalGeneration
+from chatpose_hf import ChatPoseForConditionalGeneration, modeling_chatpose
 from chatpose_hf.modeling_chatpose import ForcePoseLogitsProcessor, compute_pose_loss, compute_rot6d_norm_loss
 from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
@@ -326,6 +326,29 @@ def test_training_puts_no_other_state_through_the_output_layer_and_learns_the_sa
     model.eval()
     assert nothing.loss == 0
     assert nothing.loss.requires_grad
+
+
+def test_scores_of_many_states_are_held_in_chunks_and_the_gradient_is_the_same(model, processor, monkeypatch):
+    batch, targets = training_batch(processor)
+    widths, losses, gradients = [], [], []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(len(output)))
+    model.train()
+    num_states = (batch["labels"][:, 1:] != -100).sum().item() + 1
+    for size in (num_states, 5):
+        monkeypatch.setattr(modeling_chatpose, "_SCORES_AT_ONCE", size * model.config.text_config.vocab_size)
+        model.zero_grad()
+        output = model(**batch, pose_labels=targets, num_items_in_batch=30)
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    hook.remove()
+    model.eval()
+    whole, chunks = widths[:1], widths[1:]
+    assert whole == [num_states]
+    assert max(chunks) == 5
+    assert sum(chunks) == 2 * num_states, "once for the loss, once more for its gradient"
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_pose_loss_by_hand():

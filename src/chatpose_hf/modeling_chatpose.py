@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,6 +37,8 @@ from .rotations import rot6d_to_rotmat
 # Weight renames are looked up by model type: without this line a published LLaVA (`language_model.model...`) would load
 # into ChatPose with a random lm_head and no error.
 register_checkpoint_conversion_mapping("chatpose", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+# Scores of tokens that training holds at a time: 64 MiB in float32, 524 states of a vocabulary of 32,000.
+_SCORES_AT_ONCE = 2**24
 
 
 @dataclass
@@ -167,6 +170,11 @@ def compute_rot6d_norm_loss(rot6d: Tensor, pose_mask: Tensor | None = None) -> T
     losses = (rot6d.unflatten(-1, (2, 3)).norm(dim=-1) - 1).square().mean(-1)
     weights = torch.ones_like(losses) if pose_mask is None else (pose_mask > 0).to(losses)
     return (losses * weights).sum(-1) / weights.sum(-1).clamp(min=1)
+
+
+def _is_shard(weight: Tensor) -> bool:
+    """Whether a call of the weight's module gathers it from all processes: FSDP2's have a mesh, DeepSpeed ZeRO-3's an id."""
+    return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
 
 
 class PoseStateCollector:
@@ -464,15 +472,16 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             num_tokens = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch).clamp(
                 min=1
             )
-            told = {"logits": logits, "labels": labels}
             if self.training:
                 # Questions and pictures have no labels, and are most of a row. One state more, as below.
                 states = torch.cat([hidden_states[:, :-1][is_label], hidden_states[:1, 0]])
                 targets = torch.cat([labels[:, 1:][is_label], labels.new_full((1,), -100)])
-                told = {"logits": self.lm_head(states)[None], "labels": targets[None], "shift_labels": targets[None]}
-            ce_loss = self.loss_function(
-                **told, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_tokens
-            )
+                ce_loss = self._ce_loss_of_states(states, targets, num_tokens)
+            else:
+                vocab_size = self.config.text_config.vocab_size
+                ce_loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_tokens
+                )
             is_pose = labels[:, 1:] == self.config.pose_token_id
             # One state more, and one call whatever the batch holds: DDP waits for a gradient of every trained weight, and
             # FSDP for every process at every module.
@@ -502,6 +511,25 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
             last_hidden_state=last_hidden_state,
             **passed,
         )
+
+    def _ce_loss_of_states(self, states: Tensor, targets: Tensor, num_tokens: Tensor) -> Tensor:
+        """
+        The cross-entropy of states `(S, hidden_size)` and the tokens `(S,)` they predict. Where there are many, their scores
+        are computed in chunks, and again for each chunk's gradient: whole, they would be most of a step's memory.
+        """
+        vocab_size = self.config.text_config.vocab_size
+
+        def compute_loss(states: Tensor, targets: Tensor) -> Tensor:
+            logits, targets = self.lm_head(states)[None], targets[None]
+            told = {"logits": logits, "labels": targets, "shift_labels": targets}
+            return self.loss_function(**told, vocab_size=vocab_size, num_items_in_batch=num_tokens)
+
+        size = max(1, _SCORES_AT_ONCE // vocab_size)
+        # Processes that wait for one another at this layer must call it equally often.
+        if len(states) <= size or any(map(_is_shard, self.lm_head.parameters())):
+            return compute_loss(states, targets)
+        chunks = zip(states.split(size), targets.split(size), strict=True)
+        return sum(checkpoint(compute_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _pose_errors(self, rot6d, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
         """Each pose's error and the number of supervised poses, at least 1; None where there is nothing to compare."""
@@ -537,8 +565,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
     def _needs_every_module(self) -> bool:
         """Whether some process would wait for this one to use the vision path: it is trained, or cut into shards."""
         vision = (*self.model.vision_tower.parameters(), *self.model.multi_modal_projector.parameters())
-        # FSDP2's weights have a mesh, DeepSpeed ZeRO-3's an id.
-        return any(w.requires_grad or hasattr(w, "device_mesh") or hasattr(w, "ds_id") for w in vision)
+        return any(weight.requires_grad or _is_shard(weight) for weight in vision)
 
     def _touch_vision(self, like: Tensor) -> Tensor:
         """Zero, computed through the vision path; of another tensor's type and device."""
