@@ -13,6 +13,7 @@ from make_tiny_checkpoint import make_model, make_processor
 
 from chatpose_hf import ChatPosePipeline
 from chatpose_hf.batch_generate import generate_replies, load_prompts
+from chatpose_hf.processes import find_processes
 
 
 SETTINGS = {"model": "tiny"}
@@ -42,8 +43,8 @@ def prompts_file(tmp_path, images):
 
 
 def run(pipe, prompts_file, folder, **options):
-    settings = {"settings": SETTINGS, "batch_size": 2, **LIMITS, **options}
-    return generate_replies(pipe, load_prompts(prompts_file), folder, **settings)
+    settings = {"settings": SETTINGS, "state": find_processes(), "batch_size": 2, **LIMITS, **options}
+    return generate_replies(lambda: pipe, load_prompts(prompts_file), folder, **settings)
 
 
 def test_replies_in_order(pipe, prompts_file, tmp_path, images):
@@ -67,32 +68,30 @@ def test_replies_in_order(pipe, prompts_file, tmp_path, images):
     assert records[0]["poses"][0]["theta"] == pytest.approx(alone["poses"][0]["theta"].tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("lines", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("tail", [b"", b'{"id": 3, "pro'])
+# Longest first, the pictures counting most: what a batch holds is of one length.
+BATCHES = [["third", "first"], ["fourth,\u2028on two lines", "second, é"], ["fifth"]]
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 3])
+@pytest.mark.parametrize("tail", [b"", b'{"batch": 2, "rec'])
 def test_a_run_goes_on_where_it_stopped(pipe, prompts_file, tmp_path, monkeypatch, lines, tail):
     whole = run(pipe, prompts_file, tmp_path / "whole").read_bytes()
     path = run(pipe, prompts_file, tmp_path / "cut")
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]) + tail)
+    path.unlink()
+    kept = tmp_path / "cut" / "process-0.jsonl"
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:lines]) + tail)
     asked = []
-    forward = ChatPosePipeline.preprocess
+    preprocess = ChatPosePipeline.preprocess
     monkeypatch.setattr(
-        ChatPosePipeline, "preprocess", lambda self, inputs: asked.append(inputs["text"]) or forward(self, inputs)
+        ChatPosePipeline, "preprocess", lambda self, inputs: asked.append(inputs["text"]) or preprocess(self, inputs)
     )
     assert run(pipe, prompts_file, tmp_path / "cut").read_bytes() == whole
-    kept = 5 if lines == 5 else lines // 2 * 2
-    assert asked == ["first", "second, é", "third", "fourth,\u2028on two lines", "fifth"][kept:]
+    assert asked == [prompt for batch in BATCHES[lines:] for prompt in batch]
 
 
-def test_more_prompts_may_follow(pipe, prompts_file, tmp_path):
-    before = run(pipe, prompts_file, tmp_path / "out").read_bytes().splitlines()
-    with open(prompts_file, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"prompt": "sixth"}) + "\n")
-    after = run(pipe, prompts_file, tmp_path / "out").read_bytes().splitlines()
-    assert after[:4] == before[:4]
-    assert [json.loads(line)["prompt"] for line in after] == [
-        *(json.loads(line)["prompt"] for line in before),
-        "sixth",
-    ]
+def test_a_finished_run_loads_no_model(pipe, prompts_file, tmp_path):
+    whole = run(pipe, prompts_file, tmp_path / "out").read_bytes()
+    assert run(None, prompts_file, tmp_path / "out").read_bytes() == whole
 
 
 def test_another_folder_is_asked_for(pipe, prompts_file, tmp_path):
@@ -102,19 +101,20 @@ def test_another_folder_is_asked_for(pipe, prompts_file, tmp_path):
         run(pipe, prompts_file, tmp_path / "out", settings={"model": "big"})
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "something else"}')
-    with pytest.raises(ValueError, match=r"line 1 of .* answers another prompt, 'first'"):
+    with pytest.raises(ValueError, match=r"other settings: prompts '5, sha256:\w+' and now '1, sha256:"):
         run(pipe, other, tmp_path / "out")
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another run is writing"):
         run(pipe, prompts_file, tmp_path / "out")
     assert path.read_bytes() == before
+    settings = (tmp_path / "out" / "settings.json").read_bytes()
     (tmp_path / "out" / "settings.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"settings\.json, which says how they were made, cannot be read"):
         run(pipe, prompts_file, tmp_path / "out")
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(SETTINGS))
-    path.write_bytes(b"hello\n")
-    with pytest.raises(ValueError, match="is no reply of ours"):
+    (tmp_path / "out" / "settings.json").write_bytes(settings)
+    (tmp_path / "out" / "process-0.jsonl").write_bytes(b"hello\n")
+    with pytest.raises(ValueError, match="is no batch of ours"):
         run(pipe, prompts_file, tmp_path / "out")
-    assert path.read_bytes() == b"hello\n"
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -160,21 +160,30 @@ def test_other_refusals(pipe, prompts_file, tmp_path):
         run(pipe, prompts_file, tmp_path / "out", batch_size=0)
 
 
-def test_a_killed_run_loses_and_doubles_nothing(pipe, prompts_file, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_loses_and_doubles_nothing(pipe, prompts_file, tmp_path, processes):
     """The command, killed without warning after its first replies, then called again."""
     pipe.save_pretrained(tmp_path / "tiny")
     prompts_file.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(60)))
     arguments = ["generate", "--prompts", str(prompts_file), "--model", str(tmp_path / "tiny"), "--force-pose"]
-    arguments += ["--max-new-tokens", "40", "--batch-size", "3", "--device", "cpu", "--output"]
+    arguments += ["--max-new-tokens", "40", "--batch-size", "3", "--device", "cpu", "--output", str(tmp_path / "out")]
     command = [sys.executable, "-m", "chatpose_hf.cli", *arguments]
-    replies = tmp_path / "out" / "replies.jsonl"
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kept = tmp_path / "out" / "process-0.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (replies.is_file() and replies.stat().st_size) and time.monotonic() < deadline:
+    while not (kept.is_file() and kept.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 0 < replies.read_bytes().count(b"\n") < 60, "the test must stop the run in its middle"
-    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
-    prompts = [json.loads(line)["prompt"] for line in replies.read_text().splitlines()]
-    assert prompts == [f"question {n}" for n in range(60)]
+    assert 0 < kept.read_bytes().count(b"\n") < 20, "the test must stop the run in its middle"
+    assert not (tmp_path / "out" / "replies.jsonl").exists()
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "chatpose_hf.cli"]
+        command = [sys.executable, *launch, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.count("60 replies; wrote") == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [f"question {n}" for n in range(60)]
+    assert all(record["poses"] for record in records)
+    if processes > 1:
+        assert (tmp_path / "out" / "process-1.jsonl").stat().st_size, "the second process has done its part"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import chatpose_smollm2
+import pyarrow.parquet as pq
 import pytest
 import rescale_pose_head
 import torch
@@ -145,3 +146,27 @@ def test_smollm2_is_put_together_with_its_adapter(tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(whole(**ids).logits, tuned.eval()(**ids).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(whole.get_parameter(weight), new_weight)
+
+
+def test_ray_answers_a_folder_of_pictures_and_goes_on(processor, images, tmp_path):
+    pytest.importorskip("ray", reason='needs Ray: pip install "ray[data]"')
+    model = make_model(processor)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    for number, image in enumerate(images[:3]):
+        image.save(tmp_path / "pictures" / ("more" if number else ".") / f"{number}.png")
+    (tmp_path / "pictures" / "none.png").write_text("no picture")
+    command = ["ray_batch_inference.py", tmp_path / "pictures", tmp_path / "out", "--model", tmp_path / "model"]
+    told = run(*command, "--part", "2")
+    assert "4 pictures in 2 parts, 0 of them done" in told
+    assert "wrote 2 parts; 1 files were no pictures" in told
+    parts = sorted((tmp_path / "out").glob("part-*.parquet"))
+    before = [part.read_bytes() for part in parts]
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert [row["image"] for row in rows] == ["0.png", "more/1.png", "more/2.png", "none.png"]
+    assert all(len(row["poses"][0]) == 72 and "<POSE>" in row["reply"] for row in rows[:3])
+    assert "none.png is no picture that can be read" in rows[3]["error"]
+    parts[1].unlink()
+    assert "4 pictures in 2 parts, 1 of them done" in run(*command, "--part", "2")
+    assert [part.read_bytes() for part in parts] == before

@@ -1,19 +1,23 @@
-"""A file of prompts in, a file of replies out, in batches; a run that was killed goes on where it stopped."""
+"""A file of prompts in, a file of replies out, in batches, on one process or several; a run that was killed goes on."""
 
+import hashlib
 import json
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .batch_log import SETTINGS_FILE, check_settings
+from .atomic_write import write_atomically
+from .batch_log import make_batches, map_batches
 from .export import reply_record
 from .image_files import open_image
 from .pipeline_chatpose import ChatPosePipeline
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class Prompt(NamedTuple):
@@ -92,105 +96,84 @@ def _find_image(folder: Path, name: str, place: str) -> Path:
 
 
 def generate_replies(
-    pipe: ChatPosePipeline,
+    load_pipe: Callable[[], ChatPosePipeline],
     prompts: list[Prompt],
     folder: str | Path,
     settings: dict[str, str | int | bool | None],
+    state: "PartialState",
     batch_size: int = 8,
     **generate_kwargs,
 ) -> Path:
     """
-    Answers prompts into `replies.jsonl`, one line each, in their order. Replies that are there already are kept.
+    Answers prompts into `replies.jsonl`, one line each, in their order. Batches are of prompts of one length, and are kept as
+    they are answered: the same call goes on after a stop, and with another number of processes.
 
     Args:
-        pipe ([`ChatPosePipeline`]): the model.
+        load_pipe (`Callable`): loads the model, a [`ChatPosePipeline`]; called where a prompt is not answered yet.
         prompts (`list[Prompt]`): as from [`load_prompts`].
-        folder (`str` or `Path`): created if absent.
+        folder (`str` or `Path`): created if absent; all processes see it.
         settings (`dict`):
             What the replies depend on beside the prompts, such as the model's name; kept in `settings.json`.
+        state ([`accelerate.PartialState`]): the processes, as from [`find_processes`].
         batch_size (`int`, *optional*, defaults to 8): prompts answered at once.
         generate_kwargs: for `generate`.
 
     Returns:
-        `Path`: of `replies.jsonl`: `id`, `prompt`, `images`, `reply` and `poses`, a list of `{"theta": [72 numbers]}`,
-        axis-angle in radians, camera frame.
+        `Path`: of `replies.jsonl`, which the main process writes at the end: `id`, `prompt`, `images`, `reply` and `poses`, a
+        list of `{"theta": [72 numbers]}`, axis-angle in radians, camera frame.
 
     Raises:
         ValueError: where the folder holds replies to other prompts or with other settings, or is in use.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    for prompt in prompts:
-        if pipe.processor.image_token in prompt.prompt:
-            raise ValueError(
-                f"expected a prompt without `{pipe.processor.image_token}`, got one with id {prompt.id!r}; name pictures "
-                "in `image`"
-            )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    pipe: ChatPosePipeline | None = None
+
+    def answer(indices: Sequence[int]) -> list[dict]:
+        nonlocal pipe
+        if pipe is None:
+            pipe = load_pipe()
+            _check_prompts(prompts, pipe.processor.image_token)
+        asked = [prompts[index] for index in indices]
+        replies = pipe.forward({"chat": [_make_chat(pipe, prompt) for prompt in asked]}, **generate_kwargs)["reply"]
+        return [
+            {"id": prompt.id, **reply_record(prompt.prompt, prompt.image_names, reply)}
+            for prompt, reply in zip(asked, replies, strict=True)
+        ]
+
+    digest = hashlib.sha256(json.dumps([prompt[:3] for prompt in prompts]).encode()).hexdigest()[:16]
+    settings = settings | {"batch_size": batch_size, "prompts": f"{len(prompts)}, sha256:{digest}"}
+    batches = make_batches([(len(prompt.image_paths), len(prompt.prompt)) for prompt in prompts], batch_size)
     path = folder / "replies.jsonl"
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            check_settings(folder / SETTINGS_FILE, settings, has_answers=path.exists() and path.stat().st_size > 0)
-            done = _keep_whole_batches(path, prompts, batch_size)
-            # Some versions choke on no inputs at all.
-            replies = (
-                pipe(_Questions(prompts[done:]), batch_size=batch_size, **generate_kwargs) if prompts[done:] else []
-            )
-            with open(path, "ab") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
-                for prompt, reply in zip(prompts[done:], replies, strict=True):
-                    record = {"id": prompt.id, **reply_record(prompt.prompt, prompt.image_names, reply)}
-                    file.write(json.dumps(record).encode() + b"\n")
-                    file.flush()
-                    bar.update()
-                os.fsync(file.fileno())
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        records = map_batches(answer, batches, folder, settings, state, "prompt")
+        if state.is_main_process:
+            lines = [json.dumps(records[index]).encode() + b"\n" for index in range(len(prompts))]
+            write_atomically(path, b"".join(lines))
     except Timeout as error:
         raise ValueError(f"another run is writing to {folder}; wait for it or name another folder") from error
+    finally:
+        lock.release()
     return path
 
 
-class _Questions(Dataset):
-    """
-    The pipeline's inputs; pictures are opened when their turn comes, not all at once. A data set, because transformers
-    5.10 makes a list of a generator, and returns only when all is answered.
-    """
-
-    def __init__(self, prompts: list[Prompt]):
-        self.prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> dict:
-        prompt = self.prompts[index]
-        try:
-            images = [open_image(path) for path in prompt.image_paths]
-        except ValueError as error:
-            raise ValueError(f"{error} (the prompt with id {prompt.id!r})") from error
-        return {"text": prompt.prompt, "images": images}
+def _check_prompts(prompts: Sequence[Prompt], image_token: str) -> None:
+    for prompt in prompts:
+        if image_token in prompt.prompt:
+            raise ValueError(
+                f"expected a prompt without `{image_token}`, got one with id {prompt.id!r}; name pictures in `image`"
+            )
 
 
-def _keep_whole_batches(path: Path, prompts: list[Prompt], batch_size: int) -> int:
-    """
-    How many replies a former run left. Its last batch is cut off where it is not whole, for the next run then makes
-    the same batches as one that nothing had stopped, and so, bit for bit, the same replies.
-    """
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            asked = (record["id"], record["prompt"], record["images"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"line {number + 1} of {path} is no reply of ours; name another folder") from error
-        if number >= len(prompts) or asked != (
-            prompts[number].id,
-            prompts[number].prompt,
-            prompts[number].image_names,
-        ):
-            raise ValueError(f"line {number + 1} of {path} answers another prompt, {asked[1]!r}; name another folder")
-    done = len(lines) if len(lines) == len(prompts) else len(lines) // batch_size * batch_size
-    os.truncate(path, sum(map(len, lines[:done])))
-    return done
+def _make_chat(pipe: ChatPosePipeline, prompt: Prompt) -> list[dict]:
+    """Pictures are opened when their turn comes, not all at once."""
+    try:
+        images = [open_image(path) for path in prompt.image_paths]
+    except ValueError as error:
+        raise ValueError(f"{error} (the prompt with id {prompt.id!r})") from error
+    return pipe.preprocess({"text": prompt.prompt, "images": images})["chat"]

@@ -79,6 +79,19 @@ def map_batches(
     return {item: record for number in done for item, record in zip(batches[number], done[number], strict=True)}
 
 
+def make_batches(lengths: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
+    """
+    Items by number, the longest first: what does not fit into memory fails at once. Those of a batch are of one length as far
+    as may be, so that little of it is padding.
+
+    Args:
+        lengths (`Sequence[tuple[int, ...]]`): of each item, what counts most first.
+        size (`int`): items of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda item: (*(-length for length in lengths[item]), item))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def _load_records(folder: Path, batches: Sequence[Sequence[int]]) -> dict[int, list[dict]]:
     done = {}
     for path in sorted(folder.glob(_FILES)):

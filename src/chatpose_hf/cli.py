@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -244,11 +245,13 @@ def _save(folder: Path, turns: list, body) -> None:
 def _generate(options) -> None:
     """
     Answers one prompt: prints the reply and, with --output, writes reply.json, pose.npz, body.glb, picture.png and
-    page.html. Or answers a file of prompts into replies.jsonl, going on where a former run stopped.
+    page.html. Or answers a file of prompts into replies.jsonl, going on where a former run stopped, on all processes of
+    `accelerate launch`.
     """
     from .batch_generate import generate_replies, load_prompts
     from .export import Turn
     from .image_files import open_image
+    from .processes import find_processes, leave_group
 
     if (options.prompt is None) == (options.prompts is None):
         raise ValueError("expected either a prompt or `--prompts FILE`")
@@ -258,11 +261,19 @@ def _generate(options) -> None:
             raise ValueError("`--prompts` needs `--output DIR`, and names pictures in its lines, not by `--image`")
         _check_output(options.output)
         prompts = load_prompts(options.prompts)
+        state = find_processes()
+        if state.num_processes > 1:
+            if options.device not in (None, state.device.type):
+                raise ValueError(f"expected no `--device` for {state.num_processes} processes, which have one each")
+            options.device = str(state.device)
         settings = {"model": options.model, **generate_kwargs}
+        load_pipe = partial(_load_pipeline, options)
         path = generate_replies(
-            _load_pipeline(options), prompts, options.output, settings, options.batch_size, **generate_kwargs
+            load_pipe, prompts, options.output, settings, state, options.batch_size, **generate_kwargs
         )
-        print(f"{len(prompts)} replies; wrote {path}")
+        if state.is_main_process:
+            print(f"{len(prompts)} replies; wrote {path}", flush=True)
+        leave_group(state, 0)
         return
     images = [(path, open_image(path)) for path in options.image]
     if not options.prompt.strip():

@@ -24,7 +24,7 @@ from .data.rows import NUM_JOINTS, load_rows
 from .figures import Figures, format_results
 from .measures import Judge, make_baselines, measure_captions, measure_chat, measure_poses
 from .pose_protocols import PROTOCOLS, PoseRuler, Targets
-from .processes import leave_group
+from .processes import find_processes, leave_group
 from .questions import TASKS, Questions
 from .report import Case, make_report
 from .retrieval import Retrieval
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     settings, rest = parse_settings(parser, arguments, file_place=1)
-    state = _find_processes()
+    state = find_processes()
     results = evaluate(rest.task, settings, state)
     if state.is_main_process:
         print(format_results(results))
@@ -159,7 +159,7 @@ def evaluate(task: str, settings: EvaluationArguments, state: PartialState | Non
     """
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
-    state = state or _find_processes()
+    state = state or find_processes()
     if settings.device and state.num_processes > 1:
         raise ValueError(
             f"expected no device for {state.num_processes} processes, which have one each, got {settings.device!r}"
@@ -175,11 +175,6 @@ def evaluate(task: str, settings: EvaluationArguments, state: PartialState | Non
         raise ValueError(f"another run is writing to {output}; wait for it or name another folder") from error
     finally:
         lock.release()
-
-
-def _find_processes() -> PartialState:
-    # Without being told, it does not join processes on a machine that has CPUs alone.
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 _ASKED_BY_TEXT = ("text-to-pose", "spg")

@@ -1,4 +1,4 @@
-"""How one of several processes ends."""
+"""How one of several processes begins and ends."""
 
 import atexit
 import os
@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+def find_processes() -> "PartialState":
+    """The processes that `accelerate launch` or `torchrun` started, this one alone without them; each with its device."""
+    import torch
+    from accelerate import PartialState
+
+    # Without being told, it does not join processes on a machine that has CPUs alone.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def leave_group(state: "PartialState", status: int) -> None:

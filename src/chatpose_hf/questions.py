@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from .batch_log import make_batches
 from .collator import open_picture
 from .data.prompts import DESCRIBING_KINDS, IMAGE_QUESTIONS, PHRASE_QUESTION, TEXT_QUESTIONS, fill_template
 from .data.rows import caption_texts
@@ -172,14 +173,8 @@ class Questions:
         return self._rows.select_columns(list(columns)).select([item.row for item in self.items])
 
     def make_batches(self, size: int) -> list[list[int]]:
-        """
-        Items by number, long questions first: what does not fit into memory fails at once. Those of a batch are of one
-        length as far as may be, so that little of it is padding.
-        """
-        order = sorted(
-            range(len(self.items)), key=lambda i: (-self.items[i].num_images, -len(self.items[i].question), i)
-        )
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        """Items by number, as from [`batch_log.make_batches`]."""
+        return make_batches([(item.num_images, len(item.question)) for item in self.items], size)
 
     def load_rows(self, indices: Sequence[int]) -> list[dict]:
         """The whole rows of some items."""
