@@ -17,7 +17,12 @@ from transformers import (
 )
 
 from chatpose_hf import ChatPoseForConditionalGeneration, modeling_chatpose
-from chatpose_hf.modeling_chatpose import ForcePoseLogitsProcessor, compute_pose_loss, compute_rot6d_norm_loss
+from chatpose_hf.modeling_chatpose import (
+    ForcePoseLogitsProcessor,
+    PoseStateCollector,
+    compute_pose_loss,
+    compute_rot6d_norm_loss,
+)
 from chatpose_hf.rotations import rot6d_to_rotmat, rotvec_to_rotmat
 
 
@@ -351,6 +356,33 @@ def test_scores_of_many_states_are_held_in_chunks_and_the_gradient_is_the_same(m
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
+def test_training_keeps_nothing_of_a_frozen_tower(model, batch):
+    is_in_tower, kept = [], {True: 0, False: 0}
+    tower = model.model.vision_tower
+    hooks = [
+        tower.register_forward_pre_hook(lambda *_: is_in_tower.append(True)),
+        tower.register_forward_hook(lambda *_: is_in_tower.clear()),
+    ]
+
+    def keep(tensor):
+        kept[bool(is_in_tower)] += tensor.nbytes
+        return tensor
+
+    needed = {name: weight.requires_grad for name, weight in tower.named_parameters()}
+    model.train()
+    tower.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, weight in tower.named_parameters():
+        weight.requires_grad_(needed[name])
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    model.eval()
+    assert kept[False] > 0
+    assert kept[True] == 0
+
+
 def test_pose_loss_by_hand():
     prediction = torch.eye(3).repeat(1, 24, 1, 1)
     target = prediction.clone()
@@ -637,26 +669,40 @@ def test_no_pose_gives_empty_tensors(model, processor, text_batch):
     assert output.pose_sequence_index.numel() == output.pose_token_positions.numel() == 0
 
 
-def test_generate_runs_the_model_once_a_token_and_keeps_one_layer(model, processor, text_batch, monkeypatch):
-    """Work, not seconds: no second pass over the prompt, no hidden states of other layers."""
-    calls = []
-    forward = model.model.forward
+def test_generate_does_no_more_work_than_plain_llava_and_keeps_one_state_a_token(model, processor, batch, monkeypatch):
+    """Work, not seconds: what goes through each part, once; what is kept beside the cache."""
+    parts = {
+        "tower": (model.model.vision_tower, lambda output: len(output.last_hidden_state)),
+        "language model": (model.model.language_model.layers[0], lambda output: output.shape[:-1].numel()),
+        "output layer": (model.lm_head, lambda output: output.shape[:-1].numel()),
+        "pose head": (model.pose_head, lambda output: len(output)),
+    }
+    work = {name: [] for name in parts}
+    hooks = [
+        part.register_forward_hook(lambda _, inputs, output, n=name, c=count: work[n].append(c(output)))
+        for name, (part, count) in parts.items()
+    ]
+    collectors = []
 
-    def counting_forward(*args, **kwargs):
-        calls.append((kwargs["input_ids"].shape[1], kwargs.get("output_hidden_states")))
-        return forward(*args, **kwargs)
+    class KnownCollector(PoseStateCollector):
+        def __init__(self):
+            super().__init__()
+            collectors.append(self)
 
-    monkeypatch.setattr(model.model, "forward", counting_forward)
-    length = text_batch["input_ids"].shape[1]
-    output = model.generate(
-        **text_batch,
-        max_new_tokens=6,
-        return_dict_in_generate=True,
-        logits_processor=LogitsProcessorList([SayPoseAt(processor, length)]),
-    )
-    assert output.pose_rotmats.shape[0] == 4
-    assert [tokens for tokens, _ in calls] == [length, 1, 1, 1, 1, 1]
-    assert not any(states for _, states in calls)
+    monkeypatch.setattr(modeling_chatpose, "PoseStateCollector", KnownCollector)
+    rows, length = batch["input_ids"].shape
+    steps = 6
+    processors = LogitsProcessorList([SayPoseAt(processor, length)])
+    output = model.generate(**batch, max_new_tokens=steps, return_dict_in_generate=True, logits_processor=processors)
+    for hook in hooks:
+        hook.remove()
+    assert work["tower"] == [len(batch["pixel_values"])], "every picture once"
+    assert work["language model"] == [rows * length] + [rows] * (steps - 1), "the prompt once, then a token a row"
+    assert work["output layer"] == [rows] * steps, "the last position alone"
+    assert work["pose head"] == [len(output.pose_rotmats)] == [2 * rows], "all poses at once, at the end"
+    (collector,) = collectors
+    hidden_size = model.config.text_config.hidden_size
+    assert sum(state.untyped_storage().nbytes() for state in collector.states) == steps * rows * hidden_size * 4
     assert output.hidden_states is None
 
 

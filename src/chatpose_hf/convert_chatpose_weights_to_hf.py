@@ -187,7 +187,8 @@ def _load_vision_tower(checkpoint: Path, settings: dict, vision_tower: str | Non
         config = getattr(config, "vision_config", config)
         with torch.device("meta"):
             tower_class = type(AutoModel.from_config(config))
-        tower, info = tower_class.from_pretrained(source, output_loading_info=True)
+        dtype = getattr(torch, settings.get("torch_dtype", "float32"))
+        tower, info = tower_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:  # a name that is neither a folder nor a Hub id is a ValueError
         raise FileNotFoundError(
             f"cannot load the vision tower {source!r} (looked at {', '.join(candidates)} and on the Hub); pass the "
@@ -278,12 +279,13 @@ def _write_checkpoint(folder: Path, settings: dict, shards: list[Path], tower, p
                 tensor = _grow_vocabulary(tensor, processor)
             tensors[new] = tensor.float() if new.startswith("pose_head.") else tensor
         write(number, tensors)
+        del tensors, tensor  # the shard is mapped into memory as long as one of its tensors is
 
     added = {}
     for key, tensor in tower.state_dict().items():
         name = f"vision_tower.vision_model.{key.removeprefix('vision_model.')}"
         if name not in weight_map:
-            added[name] = tensor.to(getattr(torch, settings.get("torch_dtype", "float32")))
+            added[name] = tensor
     vocab_size = shapes.get("language_model.model.embed_tokens.weight", (len(processor.tokenizer),))[0]
     head = {}
     if "pose_head.linear_2.weight" in shapes:

@@ -135,7 +135,7 @@ _QUESTIONS = {  # of each task: the original's, more of its kind, plain ones
 }
 # Of the questions that are none of those the original trained on: of its kind, plain ones, the bare words.
 _MORE_SHARE, _PLAIN_SHARE, _BARE_SHARE = 0.1, 0.25, 0.25
-_EXPLAINED_SHARE = 0.2  # of the rows that have an explanation to give
+_EXPLAINED_SHARE = 0.1  # of the rows that have an explanation to give
 _NAME_ASKED_SHARE = 0.1  # of the situations whose pose has a name: people type that too
 
 
