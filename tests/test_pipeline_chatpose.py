@@ -100,3 +100,45 @@ def test_the_pipeline_of_transformers_works_too(model, processor, images):
     chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "q"}]}]
     reply = pipe(text=chat, max_new_tokens=4, return_full_text=False)
     assert isinstance(reply[0]["generated_text"], str)
+
+
+def test_reused_prefix_when_a_chat_goes_on_then_only_what_is_new_is_read_and_the_answers_are_the_same(pipe, images):
+    widths = []
+    layer = pipe.model.model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda _, inputs, output: widths.append(output.shape[1]))
+
+    def say(text, *pictures):
+        return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+
+    def ask(*questions, **options):
+        """A chat's replies, and of each how many tokens of the prompt were read for it."""
+        messages, replies, read = [], [], []
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            widths.clear()
+            replies.append(pipe(list(messages), **OPTIONS, **options))
+            read.append(widths[0])
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": replies[-1]["text"]}]})
+        return replies, read
+
+    chats = {
+        "text": [say("He kneels."), say("Now the other leg."), say("And up.")],
+        "pictures": [say("Who is it?", images[0]), say("And here?", images[1]), say("Thanks.")],
+        "another picture, the same words": [say("Who is it?", images[1]), say("And here?", images[1])],
+        "another chat": [say("She jumps.")],
+    }
+    plain = {name: ask(*chat) for name, chat in chats.items()}
+    reusing = {name: ask(*chat, reuse_prefix=True) for name, chat in chats.items()}
+    hook.remove()
+    for name in chats:
+        assert_same(reusing[name][0], plain[name][0])
+    for name in ("text", "pictures"):
+        whole, new = plain[name][1], reusing[name][1]
+        for turn in (1, 2):
+            assert new[turn] < whole[turn] - whole[turn - 1] + 8, "no more than the last answer and the question"
+    name = "another picture, the same words"  # tokens do not say which picture they stand for
+    chat = [{"role": "user", "content": chats[name][0]}]
+    ids = pipe.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
+    assert plain[name][1][0] - reusing[name][1][0] == ids.index(pipe.model.config.image_token_id)
+    with pytest.raises(ValueError, match="expected one chat with `reuse_prefix`, got 2"):
+        pipe(["a", "b"], batch_size=2, reuse_prefix=True)

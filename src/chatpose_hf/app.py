@@ -265,6 +265,7 @@ def stream_reply(
                     streamer=streamer,
                     stopping_criteria=is_stopped,
                     max_new_tokens=max_new_tokens,
+                    reuse_prefix=True,
                     **generate_kwargs,
                 )
             outcome.set_result(reply)

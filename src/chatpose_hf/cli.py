@@ -321,7 +321,8 @@ def _chat(options) -> None:
             turn = Turn(line, pending, {"text": "", "poses": []})
             messages = make_messages([*turns, turn], pipe.processor.image_token)
             try:
-                reply = pipe(messages, max_new_tokens=options.max_new_tokens, force_pose=options.force_pose)
+                limits = {"max_new_tokens": options.max_new_tokens, "force_pose": options.force_pose}
+                reply = pipe(messages, reuse_prefix=True, **limits)
             except ValueError as error:  # such as a literal `<image>`: the conversation goes on without the question
                 print(f"chatpose: {error}", file=sys.stderr)
                 continue

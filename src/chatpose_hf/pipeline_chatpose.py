@@ -1,9 +1,25 @@
 """The pipeline "image-text-to-pose": words and pictures in, words and SMPL poses out."""
 
-from transformers import Pipeline
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Pipeline
 
 from .modeling_chatpose import ChatPoseForConditionalGeneration
 from .processing_chatpose import ChatPoseProcessor
+
+
+class _Prefix(NamedTuple):
+    """
+    What the last chat left: its tokens `(T,)`, its pictures `(N, 3, H, W)`, the keys and values of all but the last token, and
+    what `generate` calls those.
+    """
+
+    ids: Tensor
+    pixel_values: Tensor | None
+    cache: DynamicCache
+    cache_name: str
 
 
 class ChatPosePipeline(Pipeline):
@@ -29,6 +45,7 @@ class ChatPosePipeline(Pipeline):
 
     model: ChatPoseForConditionalGeneration
     processor: ChatPoseProcessor
+    _prefix: _Prefix | None = None
 
     def _sanitize_parameters(self, generate_kwargs=None, skip_special_tokens=None, **kwargs):
         forward_kwargs = {**(generate_kwargs or {}), **kwargs}
@@ -46,7 +63,8 @@ class ChatPosePipeline(Pipeline):
             text (`str`, *optional*): a single question, instead of `inputs`.
             kwargs:
                 `batch_size`, `num_workers`, and anything that `generate` takes (`max_new_tokens`, 512 by default,
-                `do_sample`, `num_beams`, `force_pose`, ...).
+                `do_sample`, `num_beams`, `force_pose`, ...). `reuse_prefix=True` keeps the keys and values of a chat, for one
+                at a time: the next turn is charged for what is new in it alone.
 
         Returns:
             For each input what [`ChatPoseProcessor.post_process_poses`] gives: `{"text": ..., "poses": [...]}`; a list
@@ -85,7 +103,7 @@ class ChatPosePipeline(Pipeline):
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": inputs["text"]}]
         return {"chat": [{"role": "user", "content": content}]}
 
-    def _forward(self, model_inputs, skip_special_tokens=True, **generate_kwargs) -> dict:
+    def _forward(self, model_inputs, skip_special_tokens=True, reuse_prefix=False, **generate_kwargs) -> dict:
         is_single = _is_chat(model_inputs["chat"])
         chats = [model_inputs["chat"]] if is_single else model_inputs["chat"]
         if self.model.generation_config.max_new_tokens is None and not {"max_new_tokens", "max_length"} & set(
@@ -100,12 +118,54 @@ class ChatPosePipeline(Pipeline):
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, dtype=self.model.dtype)
-        output = self.model.generate(**batch, **{**generate_kwargs, "return_dict_in_generate": True})
+        asked = self._take_prefix(batch, chats) if reuse_prefix else batch
+        output = self.model.generate(**asked, **{**generate_kwargs, "return_dict_in_generate": True})
+        if reuse_prefix:
+            name = "cache" if "cache" in output else "past_key_values"  # renamed in transformers 5.24
+            if type(output[name]) is DynamicCache and len(output.sequences) == 1:
+                self._prefix = _Prefix(output.sequences[0], batch.get("pixel_values"), output[name], name)
         replies = self.processor.post_process_poses(output, skip_special_tokens=skip_special_tokens)
         answers_each = len(replies) // len(chats)
         if answers_each > 1:
             replies = [replies[start : start + answers_each] for start in range(0, len(replies), answers_each)]
         return {"reply": replies[0] if is_single else replies}
+
+    def _take_prefix(self, batch, chats: list) -> dict[str, Any]:
+        """
+        The batch for a chat that begins as the last one did: with that one's keys and values, cut to the tokens that are the
+        same, and without the pictures among those. As it is where nothing is the same.
+        """
+        if len(chats) != 1:
+            raise ValueError(f"expected one chat with `reuse_prefix`, got {len(chats)}; leave it out for batches")
+        prefix, self._prefix = self._prefix, None  # it grows as it is used
+        if prefix is None:
+            return dict(batch)
+        ids, pixel_values = batch["input_ids"][0], batch.get("pixel_values")
+        # At least one token is left to be asked about, and the last one of an answer was never read.
+        length = min(len(ids), len(prefix.ids)) - 1
+        differs = (ids[:length] != prefix.ids[:length]).nonzero()
+        length = int(differs[0]) if len(differs) else length
+        num_pictures = 0 if pixel_values is None else len(pixel_values)
+        num_pictures = 0 if pixel_values is None else len(pixel_values)
+        places = (ids == self.model.config.image_token_id).nonzero().view(num_pictures, -1) if num_pictures else ()
+        num_same = 0
+        for place in places:  # tokens do not tell which picture they stand for
+            is_known = prefix.pixel_values is not None and num_same < len(prefix.pixel_values)
+            is_same = is_known and torch.equal(pixel_values[num_same], prefix.pixel_values[num_same])
+            if not is_same or place[-1] >= length:
+                length = min(length, int(place[0]))
+                break
+            num_same += 1
+        if length == 0:
+            return dict(batch)
+        for layer in prefix.cache.layers:  # `crop` means another thing from version to version
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        asked = {**batch, prefix.cache_name: prefix.cache}
+        if num_same:
+            del asked["pixel_values"]
+        if num_same < num_pictures:
+            asked["pixel_values"] = pixel_values[num_same:]
+        return asked
 
     def postprocess(self, model_outputs):
         return model_outputs["reply"]
