@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -46,6 +47,7 @@ from chatpose_hf.rotations import rot6d_to_rotmat
 PAD, EOS = 0, 2
 MIB = 2**20
 SIDES = ("ours", "plain")
+POSE_COUNTS = (1, 4, 16, 64, 256, 1024)
 
 
 class PosesAtSteps(LogitsProcessor):
@@ -434,6 +436,48 @@ def compare_paths(args: argparse.Namespace, bar: tqdm) -> list[dict]:
     return rows
 
 
+def measure_pose_slope(args: argparse.Namespace, models: dict, bar: tqdm) -> list[dict]:
+    """What one more pose costs, the slope of the decoding's seconds over the number of poses, against one more token."""
+    bar.set_description("poses")
+    ours = models["ours"]
+    hidden_size = ours.config.text_config.hidden_size
+    seconds: dict[int, float] = {}
+    with torch.no_grad():
+        for count in POSE_COUNTS:
+            states = torch.randn(count, hidden_size, device=args.device)
+            calls = [time_call(lambda s=states: rot6d_to_rotmat(ours.pose_head(s)), args.device) for _ in range(30)]
+            seconds[count] = median(calls[5:])
+    slope, constant = np.polyfit(list(seconds), list(seconds.values()), 1)
+    inputs = make_inputs(args, ours.config, 1, has_image=False)
+    long, short = args.new_tokens, 4
+    tokens = {count: lambda n=count: run_generate(ours, inputs, ours.config, n) for count in (short, long)}
+    measured = time_alternating(tokens, max(args.rounds, 3), args.device, bar)
+    token = (median(measured[long]) - median(measured[short])) / (long - short)
+    row = {
+        "microseconds_a_pose": slope * 1e6,
+        "microseconds_for_any": constant * 1e6,
+        "milliseconds_a_token": token * 1e3,
+    }
+    return [row | {"percent_of_a_token": 100 * slope / token, "seconds_by_poses": list(seconds.items())}]
+
+
+def measure_leak(args: argparse.Namespace, bar: tqdm) -> list[dict]:
+    """Memory after each tenth of many calls of `generate` on a small model, pictures and poses included."""
+    model, _ = make_path_models(args)
+    inputs = make_path_inputs(args, model.config, [12, 5], image_rows=(0,))
+    bar.total += args.leak
+    bar.set_description("leak")
+    resident = []
+    for call in range(args.leak):
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        bar.update()
+        if (call + 1) % (args.leak // 10) == 0:
+            resident.append(read_memory(args.device)["now"])
+    growth = 1024 * (resident[-1] - resident[0]) / (0.9 * args.leak)
+    poses = len(output.pose_rotmats)
+    return [{"calls": args.leak, "poses_a_call": poses, "kib_a_call_after_the_first_tenth": growth, "mib": resident}]
+
+
 def describe_environment(args: argparse.Namespace) -> dict:
     folder = Path(__file__).parent
     describe = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -489,6 +533,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--original", action="store_true", help="also time the original's algorithm")
     parser.add_argument("--paths", action="store_true", help="also compare every path with a teacher-forced forward")
     parser.add_argument("--path-tokens", type=int, default=48, help="new tokens of each path")
+    parser.add_argument("--poses", action="store_true", help="also what one more pose costs, against one more token")
+    parser.add_argument("--leak", type=int, metavar="N", default=0, help="also memory over N calls, at least 10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--memory-child", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
@@ -517,7 +563,11 @@ def main() -> None:
     results["settings"] = {name: value for name, value in vars(args).items() if name not in ("json", "memory_child")}
     total = 2 * args.memory_rounds * len(args.memory_workloads)
     if args.rounds:
-        total += (2 + 2 * args.rounds) * len(make_workloads(args)) + (2 + 2 * min(args.rounds, 3)) * args.original
+        total += (
+            2 * max(args.rounds, 3) * args.poses
+            + (2 + 2 * args.rounds) * len(make_workloads(args))
+            + (2 + 2 * min(args.rounds, 3)) * args.original
+        )
     with tqdm(total=total, unit="run") as bar:
         # The children come first: beside a large parent they would share its caches and memory.
         if args.memory_rounds:
@@ -529,15 +579,21 @@ def main() -> None:
             results["ratio_time"] = max(row["ratio"] for row in results["time"])
             if args.original:
                 results["original"] = [measure_original(args, models, bar)]
+            if args.poses:
+                results["poses"] = measure_pose_slope(args, models, bar)
             del models
         if args.paths:
             results["paths"] = compare_paths(args, bar)
+        if args.leak:
+            results["leak"] = measure_leak(args, bar)
     print(f"\nchatpose_hf {results['git_revision']}, {results['versions']}, {results['hardware']}, {results['date']}")
     titles = {
         "time": "Seconds, ratio ours / plain",
         "memory": "Peak memory, ratio ours / plain",
         "original": "The original's algorithm, ratio original / ours",
+        "poses": "One more pose",
         "paths": "Largest difference of a pose to the teacher-forced forward",
+        "leak": "Memory over many calls",
     }
     for name, title in titles.items():
         if name in results:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from make_tiny_checkpoint import make_model, make_processor, make_text_model, make_vision_tower
 from transformers import (
+    BitsAndBytesConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -14,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
     StaticCache,
     TextStreamer,
+    TorchAoConfig,
 )
 
 from chatpose_hf import ChatPoseForConditionalGeneration, modeling_chatpose
@@ -149,6 +151,31 @@ def test_bfloat16_keeps_the_head_in_float32_and_poses_close(model, text_batch, t
         torch.testing.assert_close(
             half.pose_head(torch.ones(1, 32)), model.pose_head(torch.ones(1, 32)), atol=1e-6, rtol=0
         )
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_quantized_to_8_bits_keeps_the_head_in_float32_and_poses_close(model, text_batch, tmp_path, library):
+    package = pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
+    if library == "torchao":
+        settings = TorchAoConfig(package.quantization.Int8WeightOnlyConfig())
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    model.save_pretrained(tmp_path)
+    small = ChatPoseForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings, dtype="bfloat16")
+    layer = small.model.language_model.layers[0].mlp.up_proj
+    assert type(layer.weight) is not torch.nn.Parameter, "nothing was quantized"
+    for name, weight in small.pose_head.named_parameters():
+        assert type(weight) is torch.nn.Parameter
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, model.pose_head.get_parameter(name))
+    labels = text_batch["input_ids"].clone()
+    labels[:, -1] = model.config.pose_token_id
+    with torch.no_grad():
+        exact = model(**text_batch, labels=labels).pose_rotmats
+        rough = small(**text_batch, labels=labels).pose_rotmats
+    assert rough.dtype == torch.float32
+    # Random weights pass small errors on enlarged; another row's pose is much farther.
+    assert (rough - exact).abs().mean() < 0.2 * (exact[0] - exact[1]).abs().mean()
 
 
 def test_resizing_keeps_old_rows(processor):

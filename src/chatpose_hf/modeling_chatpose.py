@@ -262,8 +262,10 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
     """
 
     config: ChatPoseConfig
-    # float16 and bfloat16 are too coarse for rotations; the head is some thousandth of the model.
+    # float16 and bfloat16 are too coarse for rotations, and 8 bits more so; the head is some thousandth of the model. By the
+    # first name transformers leaves the types of half precision alone, by the second its quantizers do.
     _keep_in_fp32_modules_strict = {"pose_head"}  # noqa: RUF012 - the name and the type that transformers reads
+    _keep_in_fp32_modules = {"pose_head"}  # noqa: RUF012
 
     def __init__(self, config: ChatPoseConfig):
         super().__init__(config)
