@@ -48,6 +48,13 @@ PAD, EOS = 0, 2
 MIB = 2**20
 SIDES = ("ours", "plain")
 POSE_COUNTS = (1, 4, 16, 64, 256, 1024)
+# Width, width between, layers, heads, heads of keys and values.
+SHAPES = {
+    "smollm2-135m": (576, 1536, 30, 9, 3),
+    "tinyllama-1.1b": (2048, 5632, 22, 32, 4),
+    "llava-7b": (4096, 11008, 32, 32, 32),
+    "llava-13b": (5120, 13824, 40, 40, 40),
+}
 
 
 class PosesAtSteps(LogitsProcessor):
@@ -79,25 +86,28 @@ class PassCounter(StoppingCriteria):
 
 
 def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings: bool) -> dict:
-    """A LLaVA's fields: SmolLM2-135M's shape and a small tower."""
+    """A LLaVA's fields: a language model of `args.shape`, and for LLaVA-1.5's shapes its own tower, a small one otherwise."""
+    hidden_size, intermediate_size, layers, heads, key_value_heads = SHAPES[args.shape]
     text_config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=args.layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=4 if args.quick else layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         vocab_size=vocab_size,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=tie_word_embeddings,
         max_position_embeddings=8192,
     )
+    is_llava = args.shape in ("llava-7b", "llava-13b")
     # Four layers: a full tower's prefill, the same work on both sides, would hide what is compared.
+    width, vision_layers, vision_heads = (1024, 24, 16) if is_llava else (256, 4, 4)
     vision_config = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=vision_heads,
         image_size=args.image_size,
         patch_size=14,
     )
@@ -110,11 +120,17 @@ def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings:
 
 
 def make_models(args: argparse.Namespace) -> dict[str, LlavaForConditionalGeneration]:
-    """ChatPose with SmolLM2-135M's shape and random weights, and a plain LLaVA that holds the same modules."""
+    """ChatPose with random weights, and a plain LLaVA that holds the same modules."""
     torch.manual_seed(args.seed)
-    fields = make_configs(args, vocab_size=49216, tie_word_embeddings=True) | {"image_token_index": 49152}
+    # LLaVA-1.5's output layer is its own, SmolLM2's its embeddings.
+    fields = make_configs(args, vocab_size=49216, tie_word_embeddings=not args.shape.startswith("llava"))
+    fields["image_token_index"] = 49152
     config = ChatPoseConfig(pose_token_id=49153, **fields)
-    ours = ChatPoseForConditionalGeneration(config).eval().to(args.device)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        ours = ChatPoseForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    ours.pose_head.float()
     with torch.device("meta"):
         plain = LlavaForConditionalGeneration(LlavaConfig(**fields)).eval()
     plain.model, plain.lm_head = ours.model, ours.lm_head
@@ -128,7 +144,8 @@ def make_inputs(args: argparse.Namespace, config: LlavaConfig, batch_size: int, 
     if has_image:
         images = torch.full((batch_size, config.image_seq_length), config.image_token_index)
         input_ids = torch.cat([input_ids[:, :4], images, input_ids[:, 4:]], dim=1)
-        inputs["pixel_values"] = torch.randn(batch_size, 3, args.image_size, args.image_size, generator=generator)
+        size = (batch_size, 3, args.image_size, args.image_size)
+        inputs["pixel_values"] = torch.randn(size, generator=generator).to(getattr(torch, args.dtype))
     inputs |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     return {name: tensor.to(args.device) for name, tensor in inputs.items()}
 
@@ -437,7 +454,10 @@ def compare_paths(args: argparse.Namespace, bar: tqdm) -> list[dict]:
 
 
 def measure_pose_slope(args: argparse.Namespace, models: dict, bar: tqdm) -> list[dict]:
-    """What one more pose costs, the slope of the decoding's seconds over the number of poses, against one more token."""
+    """
+    What one more pose costs, the slope of the decoding's seconds over the number of poses, against one more token of one row;
+    and that against reading the weights once.
+    """
     bar.set_description("poses")
     ours = models["ours"]
     hidden_size = ours.config.text_config.hidden_size
@@ -525,6 +545,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a small tower, few tokens and rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of the language model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, help="default 64; with --quick 16; at least 4")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="text tokens of a prompt")
@@ -544,7 +566,7 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, quick if args.quick else full)
     if args.new_tokens < 4:
         parser.error(f"--new-tokens must be at least 4, to hold three poses, got {args.new_tokens}")
-    args.layers, args.image_size = (4, 112) if args.quick else (30, 336)
+    args.image_size = 112 if args.quick else 336
     workloads = list(make_workloads(args))
     # A process takes seconds to start: the quick run measures the largest workload's memory alone.
     args.memory_workloads = workloads[-1:] if args.quick else workloads

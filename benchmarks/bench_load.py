@@ -50,9 +50,9 @@ def measure(code: str, before: str = "") -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def save_models(folder: Path, layers: int) -> dict[str, str]:
+def save_models(folder: Path) -> dict[str, str]:
     """Side to a folder with its model: the same language model and tower."""
-    options = argparse.Namespace(layers=layers, image_size=336)
+    options = argparse.Namespace(shape="smollm2-135m", quick=False, image_size=336)
     fields = make_configs(options, vocab_size=49216, tie_word_embeddings=True) | {"image_token_index": 49152}
     models = {
         "ours": ChatPoseForConditionalGeneration(ChatPoseConfig(pose_token_id=49153, **fields)),
@@ -133,7 +133,7 @@ def main() -> None:
     args.device = "cpu"
     results = describe_environment(args)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=6 * (args.rounds + 1), unit="run") as bar:
-        folders = save_models(Path(temporary), layers=30)
+        folders = save_models(Path(temporary))
         code = {
             "import": {"ours": ("import chatpose_hf", ""), "plain": ("import transformers", "")},
             "import of the model's class": {"ours": (OURS, ""), "plain": (PLAIN, "")},
