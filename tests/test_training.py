@@ -75,14 +75,20 @@ def run_in_processes(desk, output, text, processes=1, **options):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100, **options)
 
 
+def raw_history(output):
+    return json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+
+
 def history(output):
-    """What was logged of each step, but for the speeds."""
-    logs = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    """What was logged of each step, but for the speeds and the padding, which depend on how batches are split."""
     return [
-        {name: value for name, value in log.items() if "per_second" not in name and "runtime" not in name}
-        for log in logs
+        {name: value for name, value in log.items() if not any(word in name for word in _OF_SPLITS)}
+        for log in raw_history(output)
         if "ce_loss" in log or "eval_loss" in log
     ]
+
+
+_OF_SPLITS = ("per_second", "runtime", "padding")
 
 
 # -- one gradient --
@@ -114,6 +120,9 @@ def test_splitting_a_batch_changes_nothing(desk, whole_batch, tmp_path, rows, ac
     text = f"{ONE_STEP} --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulated}"
     assert train(settings(desk, tmp_path / "out", text)) == 0
     assert_same_step(tmp_path / "out", whole_batch)
+    padding = [raw_history(folder)[0]["padding_percent"] for folder in (tmp_path / "out", desk / "whole")]
+    assert 0 <= padding[0] < padding[1] < 100
+    assert (padding[0] == 0) == (rows == 1)
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])

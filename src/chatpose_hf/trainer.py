@@ -39,7 +39,7 @@ BAD_LOSS_FILE = "bad_loss.json"
 SKIPPED_FILE = "skipped_rows.jsonl"
 _SUMS_FILE = "log_sums.json"
 # What is summed up between two logs, on the device.
-_SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens", "skipped", "truncated")
+_SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens", "places", "skipped", "truncated")
 
 
 @dataclass
@@ -170,7 +170,7 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
     - Both terms of the loss are divided by what the whole accumulated batch of all processes holds, so how it is split
       changes nothing.
     - Logs `ce_loss`, `pose_loss`, `pose_angle_deg` (mean geodesic error of the supervised joints), `tokens_per_second`,
-      `poses_per_second` beside the Trainer's own.
+      `poses_per_second`, `padding_percent` (of the batches' places) beside the Trainer's own.
     - `evaluate` gives the exact means over all tokens and poses, teacher-forced: `eval_loss`, `eval_ce_loss`,
       `eval_pose_loss`, `eval_pose_angle_deg`, and `eval_mpjpe_mm` on the body `args.body`, pelvis at its place, global
       orientation included, over the joints whose ancestors are all supervised.
@@ -355,6 +355,7 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
             mask.sum(),
             mask.any(-1).sum(),
             inputs["attention_mask"].sum(),
+            torch.tensor(inputs["attention_mask"].numel()),
             torch.tensor(len(report["skipped"])),
             torch.tensor(len(report["truncated"])),
         )
@@ -396,6 +397,7 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
             if sums["joints"]:
                 logs["pose_angle_deg"] = math.degrees(sums["angle"] / sums["joints"])
             logs["tokens_per_second"], logs["poses_per_second"] = sums["tokens"] / seconds, sums["poses"] / seconds
+            logs["padding_percent"] = 100 * (1 - sums["tokens"] / sums["places"])
             for name in ("skipped", "truncated"):
                 if sums[name]:
                     logs[f"{name}_rows"] = int(sums[name])
