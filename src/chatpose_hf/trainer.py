@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from accelerate import DistributedType, PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
 from .adapters import count_parameters
@@ -38,6 +38,8 @@ RUN_FILE = "run.json"
 BAD_LOSS_FILE = "bad_loss.json"
 SKIPPED_FILE = "skipped_rows.jsonl"
 _SUMS_FILE = "log_sums.json"
+# Among how many batches' rows those of like length are looked for.
+_BATCHES_TO_SORT = 100
 # What is summed up between two logs, on the device.
 _SUMS = ("ce_loss", "pose_loss", "angle", "joints", "poses", "tokens", "places", "skipped", "truncated")
 
@@ -127,7 +129,26 @@ class EpochSampler(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(seed)
         if self._lengths is None:
             return iter(torch.randperm(len(self), generator=generator).tolist())
-        return iter(get_length_grouped_indices(self._lengths().tolist(), self._batch_size, generator=generator))
+        return iter(_group_by_length(self._lengths(), self._batch_size, generator))
+
+
+def _group_by_length(lengths: np.ndarray, batch_size: int, generator: torch.Generator) -> list[int]:
+    """
+    All rows in batches of like length, in a new order: the batch with the longest first, which shows at once whether it fits into
+    memory; the one that is not whole last. (transformers' own order sorts among fewer rows, and leaves long batches beside long
+    ones.)
+    """
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    reach = _BATCHES_TO_SORT * batch_size
+    parts = [order[start : start + reach] for start in range(0, len(order), reach)]
+    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    whole = len(order) // batch_size * batch_size
+    batches = order[:whole].reshape(-1, batch_size)
+    batches = batches[torch.randperm(len(batches), generator=generator).numpy()]
+    if whole:
+        longest = int(lengths[batches].max(1).argmax())
+        batches[[0, longest]] = batches[[longest, 0]]
+    return [*batches.flatten().tolist(), *order[whole:].tolist()]
 
 
 class _RunCallback(TrainerCallback):
@@ -273,16 +294,24 @@ class ChatPoseTrainer(SealedCheckpoints, Trainer):
         return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     def _count_tokens(self, dataset) -> np.ndarray:
-        """Lengths of the epoch's conversations in tokens, but for the template."""
-        tokenizer, per_image = self.processing_class.tokenizer, self.processing_class.num_image_tokens
+        """Lengths of the epoch's conversations in tokens, but for a system prompt."""
+        processor = self.processing_class
+        tokenizer, per_image = processor.tokenizer, processor.num_image_tokens
+        turn = [{"role": role, "content": [{"type": "text", "text": ""}]} for role in ("user", "assistant")]
+        one, two = (len(tokenizer(processor.apply_chat_template(turn * turns)).input_ids) for turns in (1, 2))
         rows = dataset.messages() if isinstance(dataset, Mixture) else dataset["messages"]
         lengths = []
         for start in range(0, len(rows), 1000):
-            parts = [[part for message in row for part in message["content"]] for row in rows[start : start + 1000]]
-            texts = [" ".join(part["text"] or "" for part in row) for row in parts]
-            tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            images = [sum(part["type"] == "image" for part in row) for row in parts]
-            lengths += [len(ids) + count * per_image for ids, count in zip(tokens, images, strict=True)]
+            some = rows[start : start + 1000]
+            parts = [part for row in some for message in row for part in message["content"]]
+            ids = tokenizer([part["text"] or "" for part in parts], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            sizes = {"image": per_image, "pose": 1, "text": 0}
+            tokens = iter([len(own) + sizes[part["type"]] for own, part in zip(ids, parts, strict=True)])
+            for row in some:
+                count = sum(len(message["content"]) for message in row)
+                lengths.append(sum(islice(tokens, count)) + len(row) // 2 * (two - one))
         return np.array(lengths)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
