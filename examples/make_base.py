@@ -41,20 +41,20 @@ def read_texts(rows_name):
         yield from caption_texts(row)
 
 
-def make_text_model(texts, vocab_size=2000, hidden_size=192, layers=2, heads=6):
+def make_text_model(texts, vocab_size=2000, hidden_size=192, layers=2, heads=6, dropout=0.0):
     """A byte-level BPE of the texts' words, a new LLaMA, and a chat template without a long system prompt."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special, alphabet = ["<unk>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     size = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
-    config = LlamaConfig(**size, num_attention_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    return tokenizer, LlamaForCausalLM(config), vicuna_chat_template(system_prompt="A chat.")
+    size |= {"num_attention_heads": heads, "attention_dropout": dropout, "max_position_embeddings": 1024}
+    text_model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=len(tokenizer)))
+    return tokenizer, text_model, vicuna_chat_template(system_prompt="A chat.")
 
 
 def load_vision_tower(name):

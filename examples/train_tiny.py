@@ -2,8 +2,8 @@
 
     python examples/train_tiny.py tiny --poses cmu_poses
 
-`cmu_poses` is a folder that `chatpose data cmu` reads. Another call goes on where one stopped. Hours on 2 CPU cores, 13 GB of memory.
-`tiny/chatpose-tiny` is the result, `tiny/words` and `tiny/run` are the trainings with their logs.
+`cmu_poses`: as `chatpose data cmu` reads them. Another call goes on where one stopped. Hours on 2 CPU cores, 13 GB of memory;
+`tiny/chatpose-tiny` is the result, `words`, `names` and `run` beside it are the trainings with their logs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TOWER = (
 TRAIN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "chatpose_hf.cli", "train")
 
 
-def make_rows(poses: Path) -> None:
+def make_rows(poses: str) -> None:
     for name, (source, folder, *options) in {"cmu": ("cmu", poses), **ROWS}.items():
         command = ["data", source, "--input", str(folder), "--output", f"rows/{name}", *options]
         if not Path(f"rows/{name}/summary.json").exists() and chatpose(command):
@@ -52,15 +52,15 @@ def make_rows(poses: Path) -> None:
 def make_base() -> None:
     torch.manual_seed(0)
     texts = (itertools.islice(read_texts(f"rows/{name}"), 100_000) for name in ("cmu", *ROWS))
-    tokenizer, text_model, template = make_text_model(itertools.chain(*texts), 4096, 256, layers=4, heads=4)
+    tokenizer, text_model, template = make_text_model(itertools.chain(*texts), 8192, 256, layers=4, heads=4, dropout=0.1)
     vision_tower, image_processor = load_vision_tower("tower")
-    processor = ChatPoseProcessor(image_processor, tokenizer, patch_size=16, num_additional_image_tokens=1)
-    processor.chat_template = template
+    settings = {"patch_size": 16, "num_additional_image_tokens": 1, "chat_template": template}
+    processor = ChatPoseProcessor(image_processor, tokenizer, **settings)
     # A new tower has no reason to leave its last layer out, as CLIP's users do. One token a pose: a wide head costs little.
     fields = {"vision_feature_layer": -1, "pose_head_hidden_size": 1024, "processor": processor}
     model = ChatPoseForConditionalGeneration.from_llava(text_model=text_model, vision_tower=vision_tower, **fields)
-    model.save_pretrained("base")
     processor.save_pretrained("base")
+    model.save_pretrained("base")
 
 
 def run(result: str, *command: str | Path) -> None:
@@ -80,19 +80,19 @@ def write_release() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", help="folder for everything")
-    parser.add_argument("--poses", required=True, metavar="DIR", help="real poses, as `chatpose data cmu` reads them")
+    parser.add_argument("--poses", type=os.path.abspath, required=True, metavar="DIR", help="for `chatpose data cmu`")
     options = parser.parse_args()
-    poses, output = Path(options.poses).resolve(), Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    os.chdir(output)
-    make_rows(poses)
+    os.makedirs(options.output, exist_ok=True)
+    os.chdir(options.output)
+    make_rows(options.poses)
     for script, result, *arguments in TOWER:
         run(result, EXAMPLES / script, result, *arguments)
     if not Path("base/model.safetensors").exists():
         make_base()
-    run("words/model.safetensors", *TRAIN, EXAMPLES / "configs" / "chatpose_tiny_words.yaml", "--resume")
-    run("start", EXAMPLES / "train_projector.py", "start", "words", "people.safetensors", "people_val.safetensors")
-    run("run/model.safetensors", *TRAIN, EXAMPLES / "configs" / "chatpose_tiny.yaml", "--resume")
+    for part in ("words", "names"):
+        run(f"{part}/model.safetensors", *TRAIN, EXAMPLES / f"configs/chatpose_tiny_{part}.yaml", "--resume")
+    run("start", EXAMPLES / "train_projector.py", "start", "names", "people.safetensors", "people_val.safetensors")
+    run("run/model.safetensors", *TRAIN, EXAMPLES / "configs/chatpose_tiny.yaml", "--resume")
     write_release()
 
 
