@@ -51,8 +51,8 @@ def make_rows(poses: str) -> None:
 
 def make_base() -> None:
     torch.manual_seed(0)
-    texts = (itertools.islice(read_texts(f"rows/{name}"), 100_000) for name in ("cmu", *ROWS))
-    tokenizer, text_model, template = make_text_model(itertools.chain(*texts), 8192, 256, layers=4, heads=4, dropout=0.1)
+    texts = itertools.chain(*(itertools.islice(read_texts(f"rows/{name}"), 100_000) for name in ("cmu", *ROWS)))
+    tokenizer, text_model, template = make_text_model(texts, 8192, 256, layers=4, heads=4, dropout=0.1)
     vision_tower, image_processor = load_vision_tower("tower")
     settings = {"patch_size": 16, "num_additional_image_tokens": 1, "chat_template": template}
     processor = ChatPoseProcessor(image_processor, tokenizer, **settings)
