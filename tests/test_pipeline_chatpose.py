@@ -140,5 +140,19 @@ def test_reused_prefix_when_a_chat_goes_on_then_only_what_is_new_is_read_and_the
     chat = [{"role": "user", "content": chats[name][0]}]
     ids = pipe.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
     assert plain[name][1][0] - reusing[name][1][0] == ids.index(pipe.model.config.image_token_id)
-    with pytest.raises(ValueError, match="expected one chat with `reuse_prefix`, got 2"):
-        pipe(["a", "b"], batch_size=2, reuse_prefix=True)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_reused_prefix_when_there_is_more_than_one_answer_then_is_refused(pipe, options):
+    message = "expected one chat, one beam and one answer with `reuse_prefix`"
+    with pytest.raises(ValueError, match=message):
+        pipe("a", reuse_prefix=True, **OPTIONS, **options)
+    with pytest.raises(ValueError, match=message):
+        pipe(["a", "b"], batch_size=2, reuse_prefix=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_reused_prefix_when_there_is_none_to_keep_then_the_answers_are_the_same(pipe, options):
+    want = pipe("He kneels.", **OPTIONS)
+    for _ in range(2):
+        assert_same([pipe("He kneels.", reuse_prefix=True, **OPTIONS, **options)], [want])

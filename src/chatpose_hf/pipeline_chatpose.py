@@ -10,6 +10,9 @@ from .modeling_chatpose import ChatPoseForConditionalGeneration
 from .processing_chatpose import ChatPoseProcessor
 
 
+_ABOUT_CACHES = ("num_beams", "num_return_sequences", "use_cache", "cache_implementation")
+
+
 class _Prefix(NamedTuple):
     """
     What the last chat left: its tokens `(T,)`, its pictures `(N, 3, H, W)`, the keys and values of all but the last token, and
@@ -118,34 +121,41 @@ class ChatPosePipeline(Pipeline):
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, dtype=self.model.dtype)
-        asked = self._take_prefix(batch, chats) if reuse_prefix else batch
+        if reuse_prefix:
+            config = generate_kwargs.get("generation_config") or self.model.generation_config
+            said = {name: generate_kwargs.get(name, getattr(config, name, None)) for name in _ABOUT_CACHES}
+            if len(chats) * (said["num_beams"] or 1) * (said["num_return_sequences"] or 1) > 1:
+                raise ValueError(
+                    "expected one chat, one beam and one answer with `reuse_prefix`, got more; leave it out"
+                )
+            # Other caches, such as static ones, have no end that could be cut.
+            reuse_prefix = said["use_cache"] is not False and said["cache_implementation"] is None
+        asked = self._take_prefix(batch) if reuse_prefix else batch
         output = self.model.generate(**asked, **{**generate_kwargs, "return_dict_in_generate": True})
         if reuse_prefix:
             name = "cache" if "cache" in output else "past_key_values"  # renamed in transformers 5.24
-            if type(output[name]) is DynamicCache and len(output.sequences) == 1:
-                self._prefix = _Prefix(output.sequences[0], batch.get("pixel_values"), output[name], name)
+            cache = output.get(name)
+            if type(cache) is DynamicCache and not any(layer.is_sliding for layer in cache.layers):
+                self._prefix = _Prefix(output.sequences[0], batch.get("pixel_values"), cache, name)
         replies = self.processor.post_process_poses(output, skip_special_tokens=skip_special_tokens)
         answers_each = len(replies) // len(chats)
         if answers_each > 1:
             replies = [replies[start : start + answers_each] for start in range(0, len(replies), answers_each)]
         return {"reply": replies[0] if is_single else replies}
 
-    def _take_prefix(self, batch, chats: list) -> dict[str, Any]:
+    def _take_prefix(self, batch) -> dict[str, Any]:
         """
         The batch for a chat that begins as the last one did: with that one's keys and values, cut to the tokens that are the
         same, and without the pictures among those. As it is where nothing is the same.
         """
-        if len(chats) != 1:
-            raise ValueError(f"expected one chat with `reuse_prefix`, got {len(chats)}; leave it out for batches")
         prefix, self._prefix = self._prefix, None  # it grows as it is used
         if prefix is None:
             return dict(batch)
         ids, pixel_values = batch["input_ids"][0], batch.get("pixel_values")
         # At least one token is left to be asked about, and the last one of an answer was never read.
-        length = min(len(ids), len(prefix.ids)) - 1
+        length = min(len(ids) - 1, len(prefix.ids) - 1, prefix.cache.get_seq_length())
         differs = (ids[:length] != prefix.ids[:length]).nonzero()
         length = int(differs[0]) if len(differs) else length
-        num_pictures = 0 if pixel_values is None else len(pixel_values)
         num_pictures = 0 if pixel_values is None else len(pixel_values)
         places = (ids == self.model.config.image_token_id).nonzero().view(num_pictures, -1) if num_pictures else ()
         num_same = 0
