@@ -153,6 +153,25 @@ def test_bfloat16_keeps_the_head_in_float32_and_poses_close(model, text_batch, t
         )
 
 
+def test_parts_on_the_disk_give_the_same_poses(model, batch, tmp_path):
+    """What `device_map="auto"` does where the model is larger than the devices."""
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys([name for name, _ in model.named_children()], "cpu") | {"pose_head": "disk"}
+    del places["model"]
+    parts = [name for name, _ in model.model.named_children()]
+    places |= {f"model.{name}": "disk" if name == "language_model" else "cpu" for name in parts}
+    apart = ChatPoseForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert {str(weight.device) for weight in apart.pose_head.parameters()} == {"meta"}
+    labels = batch["input_ids"].clone()
+    labels[:, -1] = model.config.pose_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(
+            apart(**batch, labels=labels).pose_rotmats, model(**batch, labels=labels).pose_rotmats
+        )
+
+
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_quantized_to_8_bits_keeps_the_head_in_float32_and_poses_close(model, text_batch, tmp_path, library):
     package = pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
