@@ -477,8 +477,21 @@ def measure_pose_slope(args: argparse.Namespace, models: dict, bar: tqdm) -> lis
         "microseconds_a_pose": slope * 1e6,
         "microseconds_for_any": constant * 1e6,
         "milliseconds_a_token": token * 1e3,
+        "percent_of_a_token": 100 * slope / token,
     }
-    return [row | {"percent_of_a_token": 100 * slope / token, "seconds_by_poses": list(seconds.items())}]
+    weights = {
+        id(weight): weight for part in (ours.model.language_model.layers, ours.lm_head) for weight in part.parameters()
+    }
+    floor = sum(weight.nbytes for weight in weights.values()) / measure_bandwidth(args.device)
+    row |= {"floor_of_a_token_ms": floor * 1e3, "floor_percent": 100 * floor / token}
+    return [row | {"seconds_by_poses": list(seconds.items())}]
+
+
+def measure_bandwidth(device: str) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.zeros(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median(time_call(lambda: target.copy_(source), device) for _ in range(9))
 
 
 def measure_leak(args: argparse.Namespace, bar: tqdm) -> list[dict]:
