@@ -479,10 +479,8 @@ def measure_pose_slope(args: argparse.Namespace, models: dict, bar: tqdm) -> lis
         "milliseconds_a_token": token * 1e3,
         "percent_of_a_token": 100 * slope / token,
     }
-    weights = {
-        id(weight): weight for part in (ours.model.language_model.layers, ours.lm_head) for weight in part.parameters()
-    }
-    floor = sum(weight.nbytes for weight in weights.values()) / measure_bandwidth(args.device)
+    weights = (*ours.model.language_model.layers.parameters(), *ours.lm_head.parameters())
+    floor = sum(weight.nbytes for weight in weights) / measure_bandwidth(args.device)
     row |= {"floor_of_a_token_ms": floor * 1e3, "floor_percent": 100 * floor / token}
     return [row | {"seconds_by_poses": list(seconds.items())}]
 

@@ -104,14 +104,15 @@ def measure_time(args: argparse.Namespace, bar: tqdm) -> list[dict]:
     results = []
     for name in args.workloads:
         bar.set_description(f"time: {name}")
-        steps = {side: make_step(*models[side], make_batch(name, side, args)) for side in SIDES}
+        batches = {side: make_batch(name, side, args) for side in SIDES}
+        steps = {side: make_step(*models[side], batches[side]) for side in SIDES}
         for side in SIDES:  # the warm-up is also a check
             if not 0 < steps[side]() < float("inf"):
                 raise RuntimeError(f"{name}: the loss of {side} is not a finite number")
             bar.update()
         seconds = time_alternating(steps, args.rounds, args.device, bar)
         medians = {f"seconds_{side}": median(seconds[side]) for side in SIDES}
-        done = count_operations(models["ours"][0], make_batch(name, "ours", args)) / medians["seconds_ours"]
+        done = count_operations(models["ours"][0], batches["ours"]) / medians["seconds_ours"]
         row = {"workload": name, **medians, "percent_of_peak": 100 * done / peak}
         results.append(row | summarize(seconds["ours"], seconds["plain"]))
     return results

@@ -18,6 +18,7 @@ import test_data_hmr2_evaluation as hmr2_tree
 import test_data_rpe_refined as rpe_tree
 import test_data_threedpw as threedpw_tree
 import torch
+from filelock import FileLock
 from make_smpl_files import make_model as make_smpl
 from make_tiny_checkpoint import make_model, make_processor, make_tokenizer
 from PIL import Image
@@ -288,7 +289,7 @@ def test_folder_when_it_holds_other_answers_then_is_refused(desk, tmp_path, chan
 
 def test_folder_when_another_run_writes_to_it_then_is_refused(desk, tmp_path):
     (tmp_path / "out").mkdir()
-    with evaluation.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another run is writing"):
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another run is writing"):
         evaluate("text-to-pose", settings(desk, tmp_path / "out"))
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 
 from .atomic_write import write_atomically
-from .batch_log import make_batches, map_batches
+from .batch_log import hold_folder, make_batches, map_batches
 from .export import reply_record
 from .image_files import open_image
 from .pipeline_chatpose import ChatPosePipeline
@@ -146,19 +145,11 @@ def generate_replies(
     settings = settings | {"batch_size": batch_size, "prompts": f"{len(prompts)}, sha256:{digest}"}
     batches = make_batches([(len(prompt.image_paths), len(prompt.prompt)) for prompt in prompts], batch_size)
     path = folder / "replies.jsonl"
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+    with hold_folder(folder, state):
         records = map_batches(answer, batches, folder, settings, state, "prompt")
         if state.is_main_process:
             lines = [json.dumps(records[index]).encode() + b"\n" for index in range(len(prompts))]
             write_atomically(path, b"".join(lines))
-    except Timeout as error:
-        raise ValueError(f"another run is writing to {folder}; wait for it or name another folder") from error
-    finally:
-        lock.release()
     return path
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .atomic_write import write_atomically
@@ -77,6 +79,26 @@ def map_batches(
     state.wait_for_everyone()
     done = _load_records(folder, batches)
     return {item: record for number in done for item, record in zip(batches[number], done[number], strict=True)}
+
+
+@contextmanager
+def hold_folder(folder: Path, state: "PartialState") -> Iterator[None]:
+    """
+    Makes a folder and keeps other runs out of it; the main process does so for all.
+
+    Raises:
+        ValueError: where another run is in it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        yield
+    except Timeout as error:
+        raise ValueError(f"another run is writing to {folder}; wait for it or name another folder") from error
+    finally:
+        lock.release()
 
 
 def make_batches(lengths: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
 from .answers import Generation, ask_model, find_revision
 from .atomic_write import atomic_file, write_atomically
 from .baselines import TrainingPoses, collect_training_poses, find_sentence_encoder
+from .batch_log import hold_folder
 from .card import public_name
 from .data import find_source
 from .data.rows import NUM_JOINTS, load_rows
@@ -164,17 +164,8 @@ def evaluate(task: str, settings: EvaluationArguments, state: PartialState | Non
         raise ValueError(
             f"expected no device for {state.num_processes} processes, which have one each, got {settings.device!r}"
         )
-    output = Path(settings.output)
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        if state.is_main_process:
-            output.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+    with hold_folder(Path(settings.output), state):
         return _Evaluation(task, settings, state).run()
-    except Timeout as error:
-        raise ValueError(f"another run is writing to {output}; wait for it or name another folder") from error
-    finally:
-        lock.release()
 
 
 _ASKED_BY_TEXT = ("text-to-pose", "spg")
