@@ -47,6 +47,7 @@ from chatpose_hf.rotations import rot6d_to_rotmat
 PAD, EOS = 0, 2
 MIB = 2**20
 SIDES = ("ours", "plain")
+ORIGINAL_BATCH_SIZES = (1, 16)
 POSE_COUNTS = (1, 4, 16, 64, 256, 1024)
 # Width, width between, layers, heads, heads of keys and values.
 SHAPES = {
@@ -86,7 +87,7 @@ class PassCounter(StoppingCriteria):
 
 
 def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings: bool) -> dict:
-    """A LLaVA's fields: a language model of `args.shape`, and for LLaVA-1.5's shapes its own tower, a small one otherwise."""
+    """A LLaVA's fields: a language model of `args.shape`, and LLaVA-1.5's tower or a small one."""
     hidden_size, intermediate_size, layers, heads, key_value_heads = SHAPES[args.shape]
     text_config = LlamaConfig(
         hidden_size=hidden_size,
@@ -100,9 +101,8 @@ def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings:
         tie_word_embeddings=tie_word_embeddings,
         max_position_embeddings=8192,
     )
-    is_llava = args.shape in ("llava-7b", "llava-13b")
     # Four layers: a full tower's prefill, the same work on both sides, would hide what is compared.
-    width, vision_layers, vision_heads = (1024, 24, 16) if is_llava else (256, 4, 4)
+    width, vision_layers, vision_heads = (1024, 24, 16) if args.has_whole_tower else (256, 4, 4)
     vision_config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -150,10 +150,13 @@ def make_inputs(args: argparse.Namespace, config: LlavaConfig, batch_size: int, 
     return {name: tensor.to(args.device) for name, tensor in inputs.items()}
 
 
+def pose_steps(new_tokens: int) -> set[int]:
+    return {new_tokens // 4, new_tokens // 2, new_tokens - 1}
+
+
 def run_generate(model, inputs: dict[str, Tensor], config: ChatPoseConfig, new_tokens: int, **kwargs):
     """One greedy `generate` of exactly `new_tokens` tokens, three of them `<POSE>`, the last one included."""
     prompt_length = inputs["input_ids"].shape[1]
-    steps = {new_tokens // 4, new_tokens // 2, new_tokens - 1}
     return model.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -162,19 +165,36 @@ def run_generate(model, inputs: dict[str, Tensor], config: ChatPoseConfig, new_t
         eos_token_id=EOS,
         pad_token_id=PAD,
         return_dict_in_generate=True,
-        logits_processor=[PosesAtSteps(config.pose_token_id, prompt_length, steps)],
+        logits_processor=[PosesAtSteps(config.pose_token_id, prompt_length, pose_steps(new_tokens))],
         **kwargs,
     )
 
 
+@torch.no_grad()
 def run_original(model, pose_head, inputs: dict[str, Tensor], config: ChatPoseConfig, new_tokens: int):
     """
-    The original's way, re-implemented: no KV cache, every layer's states of every step kept, the poses read from the
-    last step's. Two details are in its favour: the output layer sees one position, and the pose head is ours.
+    The original's way, re-implemented: no KV cache, so that tower and language model read picture and prompt again for every
+    token, and every layer's states of every step are kept; the poses are read from the last step's. Two details are in its
+    favour: the output layer sees one position, and the pose head is ours.
     """
-    output = run_generate(model, inputs, config, new_tokens, use_cache=False, output_hidden_states=True)
-    is_pose = output.sequences[:, 1:] == config.pose_token_id
-    return output.sequences, rot6d_to_rotmat(pose_head(output.hidden_states[-1][-1][is_pose]))
+    input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+    process = PosesAtSteps(config.pose_token_id, input_ids.shape[1], pose_steps(new_tokens))
+    kept = []
+    for _ in range(new_tokens):
+        output = model(
+            input_ids=input_ids,
+            pixel_values=inputs["pixel_values"],
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        )
+        kept.append(output.hidden_states)
+        token = process(input_ids, output.logits[:, -1].float()).argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, token], dim=1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], dim=1)
+    is_pose = input_ids[:, 1:] == config.pose_token_id
+    return input_ids, rot6d_to_rotmat(pose_head(kept[-1][-1][is_pose]))
 
 
 def time_call(call: Callable[[], object], device: str) -> float:
@@ -244,33 +264,35 @@ def measure_time(args: argparse.Namespace, models: dict, bar: tqdm) -> list[dict
     return rows
 
 
-def measure_original(args: argparse.Namespace, models: dict, bar: tqdm) -> dict:
-    """The original's algorithm against ours, batch 1 with an image; fewer rounds, for one takes long."""
+def measure_original(args: argparse.Namespace, bar: tqdm) -> list[dict]:
+    """
+    The original's algorithm, which takes one prompt at a time, against ours with one and with many, an image each and LLaVA-1.5's
+    tower: the original runs it again for every token. Ratios are those of prompts a second. Fewer rounds, for one takes long.
+    """
     bar.set_description("original's algorithm")
+    models = make_models(argparse.Namespace(**vars(args) | {"has_whole_tower": True}))
     ours, plain = models["ours"], models["plain"]
-    inputs = make_inputs(args, ours.config, 1, has_image=True)
+    inputs = {count: make_inputs(args, ours.config, count, has_image=True) for count in ORIGINAL_BATCH_SIZES}
     new_tokens = min(32, args.new_tokens)
-    calls = {
-        "ours": lambda: run_generate(ours, inputs, ours.config, new_tokens),
-        "original": lambda: run_original(plain, ours.pose_head, inputs, ours.config, new_tokens),
-    }
-    output = calls["ours"]()
-    bar.update()
-    sequences, pose_rotmats = calls["original"]()
-    bar.update()
+    calls = {count: lambda c=count: run_generate(ours, inputs[c], ours.config, new_tokens) for count in inputs}
+    calls["original"] = lambda: run_original(plain, ours.pose_head, inputs[1], ours.config, new_tokens)
+    output, (sequences, pose_rotmats) = calls[1](), calls["original"]()
     if not torch.equal(output.sequences, sequences):
         raise RuntimeError("the original's algorithm generated different tokens")
     difference = (output.pose_rotmats - pose_rotmats).abs().max().item()
     seconds = time_alternating(calls, min(args.rounds, 3), args.device, bar)
-    return {
-        "workload": "batch 1, image",
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "new_tokens": new_tokens,
-        "seconds_original": median(seconds["original"]),
-        "seconds_ours": median(seconds["ours"]),
-        "largest_pose_difference": difference,
-        **summarize(seconds["original"], seconds["ours"]),
-    }
+    return [
+        {
+            "workload": f"batch {count}, image",
+            "prompt_tokens": inputs[1]["input_ids"].shape[1],
+            "new_tokens": new_tokens,
+            "seconds_original": median(seconds["original"]),
+            "seconds_ours": median(seconds[count]),
+            "largest_pose_difference": difference,
+            **summarize([count * each for each in seconds["original"]], seconds[count]),
+        }
+        for count in inputs
+    ]
 
 
 def read_memory(device: str) -> dict[str, float]:
@@ -578,6 +600,7 @@ def parse_args() -> argparse.Namespace:
     if args.new_tokens < 4:
         parser.error(f"--new-tokens must be at least 4, to hold three poses, got {args.new_tokens}")
     args.image_size = 112 if args.quick else 336
+    args.has_whole_tower = args.shape.startswith("llava")
     workloads = list(make_workloads(args))
     # A process takes seconds to start: the quick run measures the largest workload's memory alone.
     args.memory_workloads = workloads[-1:] if args.quick else workloads
@@ -599,7 +622,7 @@ def main() -> None:
         total += (
             2 * max(args.rounds, 3) * args.poses
             + (2 + 2 * args.rounds) * len(make_workloads(args))
-            + (2 + 2 * min(args.rounds, 3)) * args.original
+            + (1 + len(ORIGINAL_BATCH_SIZES)) * min(args.rounds, 3) * args.original
         )
     with tqdm(total=total, unit="run") as bar:
         # The children come first: beside a large parent they would share its caches and memory.
@@ -610,11 +633,11 @@ def main() -> None:
             models = make_models(args)
             results["time"] = measure_time(args, models, bar)
             results["ratio_time"] = max(row["ratio"] for row in results["time"])
-            if args.original:
-                results["original"] = [measure_original(args, models, bar)]
             if args.poses:
                 results["poses"] = measure_pose_slope(args, models, bar)
             del models
+            if args.original:
+                results["original"] = measure_original(args, bar)
         if args.paths:
             results["paths"] = compare_paths(args, bar)
         if args.leak:

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import rescale_pose_head
 import torch
+import train_last_layers
 import train_pose_head
 import yaml
 from conftest import ROOT
+from layer_states import LayerStates, collate
 from make_rows import make_rows, write_splits
 from make_tiny_checkpoint import TEXT, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,6 +148,68 @@ def test_smollm2_is_put_together_with_its_adapter(tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(whole(**ids).logits, tuned.eval()(**ids).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(whole.get_parameter(weight), new_weight)
+
+
+def test_the_last_layers_learn_from_states_and_the_adapter_is_the_whole_models(processor, tmp_path, monkeypatch):
+    rows = make_rows(with_images=False)
+    base = make_model(processor, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    settings = {
+        "model": str(tmp_path / "base"),
+        "train_data": {str(write_splits(tmp_path / "rows", rows)): 1.0},
+        "output_dir": str(tmp_path / "out"),
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lora_targets": ["q_proj", "down_proj"],
+        "lora_layers": 1,
+        "ce_loss_weight": 1.0,
+        "pose_loss_weight": 1.0,
+        "rot6d_norm_weight": 0.0,
+        "joint_weights": ["l_hip=2"],
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 8,
+        "max_steps": 20,
+        "train_sampling_strategy": "group_by_length",
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    command = ["train_last_layers.py", str(tmp_path / "settings.yaml"), "--count", str(len(rows))]
+    upper = {}
+
+    def keep(trained, *arguments):
+        upper["model"] = trained
+        return put_into_whole_model(trained, *arguments)
+
+    put_into_whole_model = train_last_layers.put_into_whole_model
+    monkeypatch.setattr(train_last_layers, "put_into_whole_model", keep)
+    monkeypatch.setattr(sys, "argv", command)
+    train_last_layers.main()
+    whole, _ = load_trained(tmp_path / "out")
+    below = "model.language_model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(whole.get_parameter(below), base.get_parameter(below))
+    assert not torch.equal(whole.get_parameter(last := below.replace("s.0.", "s.1.")), base.get_parameter(last))
+
+    with torch.no_grad():
+        batch = ChatPoseCollator(processor)(sorted(rows, key=lambda row: len(str(row["messages"]))))
+        after, before = (model.train()(**batch) for model in (whole, base))
+        dataset = LayerStates([tmp_path / "out" / "states_0.safetensors"])
+        dataset.labels = [torch.full_like(labels, -100) for labels in dataset.labels]
+        states = collate([dataset[number] for number in range(len(dataset))])["inputs_embeds"]
+        of_states = upper["model"].get_base_model().model(inputs_embeds=states, attention_mask=batch["attention_mask"])
+    assert after.loss < before.loss
+    # The states below are kept in bfloat16, and in them a <POSE> that was read is the base's.
+    is_first = (batch["input_ids"] == processor.pose_token_id).cumsum(1) == 0
+    is_token = is_first & (batch["attention_mask"] == 1)
+    error = (after.last_hidden_state - of_states.last_hidden_state)[is_token].abs().max()
+    change = (after.last_hidden_state - before.last_hidden_state)[is_token].abs().max()
+    assert error < 0.1 * change
+
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "1000"])
+    (tmp_path / "out" / "states_0.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"at most {len(rows)}, the different questions of these rows, got 1000"):
+        train_last_layers.main()
 
 
 def test_ray_answers_a_folder_of_pictures_and_goes_on(processor, images, tmp_path):

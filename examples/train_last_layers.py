@@ -1,0 +1,98 @@
+"""Trains the last layers of a ChatPose's language model; what the layers below say of each row is computed once, and kept.
+
+    torchrun --nproc-per-node 2 examples/train_last_layers.py examples/configs/chatpose_smollm2.yaml --count 32000
+
+The settings are those of `chatpose train`, `lora_layers` among them; the rows are words alone. `--count` rows are drawn from the
+mixture and come again in every pass. The adapter is one of the whole model, as `chatpose train` writes it. A run that was stopped goes
+on from its last checkpoint. Hardware: 2 CPU cores.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from fewer_tokens import keep_tokens
+from layer_states import LayerStates, collate, draw_rows, write_states
+from torch import nn
+
+from chatpose_hf import ChatPoseForConditionalGeneration, ChatPoseProcessor
+from chatpose_hf.adapters import TuningArguments, prepare_model
+from chatpose_hf.checkpoints import find_last_checkpoint
+from chatpose_hf.data.mixture import Mixture
+from chatpose_hf.data.rows import load_rows
+from chatpose_hf.pose_losses import PoseLoss
+from chatpose_hf.trainer import ChatPoseTrainer
+from chatpose_hf.training import parse_arguments
+
+
+class LastLayersTrainer(ChatPoseTrainer):
+    """A [`ChatPoseTrainer`] of [`LayerStates`]."""
+
+    def _count_tokens(self, dataset: LayerStates) -> np.ndarray:
+        return dataset.lengths.numpy()
+
+
+def put_into_whole_model(trained: nn.Module, base: str, tuning: TuningArguments) -> nn.Module:
+    """The base with the adapter of its last layers."""
+    whole = ChatPoseForConditionalGeneration.from_pretrained(base)
+    below = len(whole.model.language_model.layers) - tuning.lora_layers
+    whole = prepare_model(whole, tuning, trained.peft_config["default"].base_model_name_or_path)
+    weights = {}
+    for name, weight in trained.named_parameters():
+        if weight.requires_grad:
+            head, is_layer, tail = name.partition(".language_model.layers.")
+            number, _, rest = tail.partition(".")
+            weights[f"{head}{is_layer}{below + int(number)}.{rest}" if is_layer else name] = weight.data
+    unknown = whole.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unknown, f"the whole model has no {unknown}"
+    return whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, required=True, help="rows to draw")
+    options, arguments = parser.parse_known_args()
+    model_args, data_args, tuning, loss_args, _, args = parse_arguments(arguments)
+    torch.manual_seed(args.seed)
+    output, state = Path(args.output_dir), PartialState()
+    output.mkdir(parents=True, exist_ok=True)
+    processor = ChatPoseProcessor.from_pretrained(model_args.model)
+    model = ChatPoseForConditionalGeneration.from_pretrained(model_args.model, attn_implementation="eager")
+    text = model.model.language_model
+    layers, norm = text.layers, text.norm
+    below = len(layers) - tuning.lora_layers
+    files = [output / f"states_{process}.safetensors" for process in range(state.num_processes)]
+    if not (own := files[state.process_index]).is_file():
+        shares = {name: float(share) for name, share in (item.split("=") for item in data_args.train_data)}
+        mixture = Mixture([load_rows(name, "train") for name in shares], list(shares.values()), seed=args.seed)
+        text.layers, text.norm = layers[:below], nn.Identity()
+        rows = draw_rows(mixture, options.count)[state.process_index :: state.num_processes]
+        write_states(own, text, processor, rows)
+    state.wait_for_everyone()
+
+    # The model without its lower layers is a model: one that reads states for embeddings.
+    text.layers, text.norm = layers[below:], norm
+    text.config.num_hidden_layers, text.config.use_cache = tuning.lora_layers, False
+    for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
+        setattr(model.config, name, getattr(loss_args, name))
+    joint_weights = {name: float(weight) for name, weight in (item.split("=") for item in loss_args.joint_weights)}
+    model.pose_loss_function = PoseLoss(loss_args.joint_error, joint_weights, loss_args.joint_position_weight)
+    trained = prepare_model(model, tuning, str(Path(model_args.model).resolve()))
+    dataset = LayerStates(files)
+    dataset.labels = keep_tokens(model, dataset.labels)
+    run = {"base_model": model_args.model, "command": shlex.join(sys.argv)}
+    trainer = LastLayersTrainer(trained, args, processor, dataset, run=run)
+    trainer.data_collator = collate
+    checkpoint = find_last_checkpoint(output)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.was_terminated:
+        trainer.model = put_into_whole_model(trained, model_args.model, tuning)
+        trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
