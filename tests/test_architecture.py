@@ -130,6 +130,11 @@ def imports(name):
     return own, others, nodes
 
 
+def test_the_docs_name_every_file():
+    told = set(re.findall(r"`([\w.]+)`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    assert FILES.keys() - told == {"__init__", "data"}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_imports_go_down(name):
     own, _, _ = imports(name)
