@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/train_last_layers.py examples/configs/chatpose_smollm2.yaml --count 32000
 
 The settings are those of `chatpose train`, `lora_layers` among them; the rows are words alone. `--count` rows are drawn from the
-mixture and come again in every pass. The adapter is one of the whole model, as `chatpose train` writes it. A run that was stopped goes
-on from its last checkpoint. Hardware: 2 CPU cores.
+mixture and come again in every pass. The adapter is one of the whole model, as `chatpose train` writes it; the states of what follows a
+`<POSE>` are not yet, because `<POSE>` is learned too: a second part with `--start ADAPTER`, in a folder of its own, learns that. A run
+that was stopped goes on from its last checkpoint. Hardware: 2 CPU cores.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from fewer_tokens import keep_tokens
 from layer_states import LayerStates, collate, draw_rows, write_states
+from peft import set_peft_model_state_dict
 from torch import nn
+from upper_layers import keep_tokens, put_into_whole_model, read_start
 
 from chatpose_hf import ChatPoseForConditionalGeneration, ChatPoseProcessor
-from chatpose_hf.adapters import TuningArguments, prepare_model
+from chatpose_hf.adapters import prepare_model
 from chatpose_hf.checkpoints import find_last_checkpoint
 from chatpose_hf.data.mixture import Mixture
 from chatpose_hf.data.rows import load_rows
@@ -36,25 +38,10 @@ class LastLayersTrainer(ChatPoseTrainer):
         return dataset.lengths.numpy()
 
 
-def put_into_whole_model(trained: nn.Module, base: str, tuning: TuningArguments) -> nn.Module:
-    """The base with the adapter of its last layers."""
-    whole = ChatPoseForConditionalGeneration.from_pretrained(base)
-    below = len(whole.model.language_model.layers) - tuning.lora_layers
-    whole = prepare_model(whole, tuning, trained.peft_config["default"].base_model_name_or_path)
-    weights = {}
-    for name, weight in trained.named_parameters():
-        if weight.requires_grad:
-            head, is_layer, tail = name.partition(".language_model.layers.")
-            number, _, rest = tail.partition(".")
-            weights[f"{head}{is_layer}{below + int(number)}.{rest}" if is_layer else name] = weight.data
-    unknown = whole.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unknown, f"the whole model has no {unknown}"
-    return whole
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, required=True, help="rows to draw")
+    parser.add_argument("--start", metavar="DIR", help="an adapter of the whole model, whose `<POSE>` is kept")
     options, arguments = parser.parse_known_args()
     model_args, data_args, tuning, loss_args, _, args = parse_arguments(arguments)
     torch.manual_seed(args.seed)
@@ -65,6 +52,7 @@ def main() -> None:
     text = model.model.language_model
     layers, norm = text.layers, text.norm
     below = len(layers) - tuning.lora_layers
+    start = read_start(options.start, model, below) if options.start else None
     files = [output / f"states_{process}.safetensors" for process in range(state.num_processes)]
     if not (own := files[state.process_index]).is_file():
         shares = {name: float(share) for name, share in (item.split("=") for item in data_args.train_data)}
@@ -82,6 +70,9 @@ def main() -> None:
     joint_weights = {name: float(weight) for name, weight in (item.split("=") for item in loss_args.joint_weights)}
     model.pose_loss_function = PoseLoss(loss_args.joint_error, joint_weights, loss_args.joint_position_weight)
     trained = prepare_model(model, tuning, str(Path(model_args.model).resolve()))
+    if start:
+        set_peft_model_state_dict(trained, start)
+        model.get_input_embeddings().token_adapter.trainable_tokens_delta.requires_grad_(False)
     dataset = LayerStates(files)
     dataset.labels = keep_tokens(model, dataset.labels)
     run = {"base_model": model_args.model, "command": shlex.join(sys.argv)}
