@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from bench_generate import MIB, describe_environment, make_configs, print_table, summarize, write_json
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from chatpose_hf import ChatPoseConfig, ChatPoseForConditionalGeneration
 
@@ -111,7 +111,6 @@ def make_checkpoint(small: Path, folder: Path, num_shards: int) -> None:
 
 def measure_convert(small: Path, pictures: Path, folder: Path) -> dict:
     """Peak memory of `chatpose convert` on a checkpoint of 6 GB with a tower of CLIP-L/14-336's shape."""
-    AutoTokenizer.from_pretrained(small)  # says what is wrong with the folder before gigabytes are written
     make_checkpoint(small, folder / "original", num_shards=3)
     shutil.copytree(pictures, folder / "tower", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

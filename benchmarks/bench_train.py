@@ -40,12 +40,14 @@ from chatpose_hf.adapters import TuningArguments, prepare_model
 
 SIDES = ("ours", "plain")
 VOCABULARY, IMAGE, POSE = 32_064, 32_000, 32_001
-# Rows, text tokens of a row, whether it has a picture, and which part of the text is labels, as answers are.
+# Rows, text tokens of a row, whether it has a picture, which part of the text is labels, as answers are, and whether activations are
+# computed again in the backward pass (gradient checkpointing), as for large models.
 WORKLOADS = {
-    "8 x 128, text, a quarter labels": (8, 128, False, 0.25),
-    "8 x 128, text, all labels": (8, 128, False, 1.0),
-    "2 x 1,024, text, a quarter labels": (2, 1024, False, 0.25),
-    "4 x 128, image, a quarter labels": (4, 128, True, 0.25),
+    "8 x 128, text, a quarter labels": (8, 128, False, 0.25, False),
+    "8 x 128, text, all labels": (8, 128, False, 1.0, False),
+    "2 x 1,024, text, a quarter labels": (2, 1024, False, 0.25, False),
+    "2 x 1,024, text, all labels, checkpointed": (2, 1024, False, 1.0, True),
+    "4 x 128, image, a quarter labels": (4, 128, True, 0.25, False),
 }
 
 
@@ -68,7 +70,7 @@ def make_model(side: str, args: argparse.Namespace):
 
 def make_batch(name: str, side: str, args: argparse.Namespace) -> dict[str, Tensor]:
     """The same tokens for both sides; ours has a pose in each row."""
-    rows, length, has_image, share = WORKLOADS[name]
+    rows, length, has_image, share, _ = WORKLOADS[name]
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, IMAGE, (rows, length), generator=generator)
     input_ids[:, -3] = POSE
@@ -87,8 +89,12 @@ def make_batch(name: str, side: str, args: argparse.Namespace) -> dict[str, Tens
     return {key: value.to(args.device) for key, value in batch.items()}
 
 
-def make_step(model, optimizer, batch: dict[str, Tensor]):
+def make_step(name: str, model, optimizer, batch: dict[str, Tensor]):
     def step() -> float:
+        if WORKLOADS[name][-1]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -105,7 +111,7 @@ def measure_time(args: argparse.Namespace, bar: tqdm) -> list[dict]:
     for name in args.workloads:
         bar.set_description(f"time: {name}")
         batches = {side: make_batch(name, side, args) for side in SIDES}
-        steps = {side: make_step(*models[side], batches[side]) for side in SIDES}
+        steps = {side: make_step(name, *models[side], batches[side]) for side in SIDES}
         for side in SIDES:  # the warm-up is also a check
             if not 0 < steps[side]() < float("inf"):
                 raise RuntimeError(f"{name}: the loss of {side} is not a finite number")
@@ -140,7 +146,7 @@ def measure_peak_operations(args: argparse.Namespace) -> float:
 def run_memory_child(args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a step of one side, the second one in this fresh process."""
     side, name = args.memory_child
-    step = make_step(*make_model(side, args), make_batch(name, side, args))
+    step = make_step(name, *make_model(side, args), make_batch(name, side, args))
     step()
     return measure_peak(step, args.device)
 

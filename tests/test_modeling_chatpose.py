@@ -397,7 +397,7 @@ def test_scores_of_many_states_are_held_in_chunks_and_the_gradient_is_the_same(m
     whole, chunks = widths[:1], widths[1:]
     assert whole == [num_states]
     assert max(chunks) == 5
-    assert sum(chunks) == 2 * num_states, "once for the loss, once more for its gradient"
+    assert sum(chunks) == num_states, "once, for the loss and its gradient"
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -175,6 +174,32 @@ def compute_rot6d_norm_loss(rot6d: Tensor, pose_mask: Tensor | None = None) -> T
 def _is_shard(weight: Tensor) -> bool:
     """Whether a call of the weight's module gathers it from all processes: FSDP2's have a mesh, DeepSpeed ZeRO-3's an id."""
     return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+
+
+class _LossInChunks(torch.autograd.Function):
+    """
+    The sum of a loss over chunks of states, and its gradients in the same pass: the scores of one chunk are held at a time, and
+    computed once (as in Liger's fused linear cross-entropy, Hsu et al. 2024, whatever the output layer is).
+    """
+
+    @staticmethod
+    def forward(ctx, compute_loss, size: int, targets: Tensor, states: Tensor, *weights: nn.Parameter) -> Tensor:
+        losses, of_states, of_weights = [], [], [torch.zeros_like(weight) for weight in weights]
+        for chunk, chunk_targets in zip(states.split(size), targets.split(size), strict=True):
+            with torch.enable_grad():
+                chunk = chunk.detach().requires_grad_()
+                loss = compute_loss(chunk, chunk_targets)
+            gradient, *gradients = torch.autograd.grad(loss, (chunk, *weights), materialize_grads=True)
+            losses.append(loss.detach())
+            of_states.append(gradient)
+            for total, gradient in zip(of_weights, gradients, strict=True):
+                total += gradient
+        ctx.save_for_backward(torch.cat(of_states), *of_weights)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return None, None, None, *(each * gradient.to(each.dtype) for each in ctx.saved_tensors)
 
 
 class PoseStateCollector:
@@ -516,22 +541,25 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _ce_loss_of_states(self, states: Tensor, targets: Tensor, num_tokens: Tensor) -> Tensor:
         """
-        The cross-entropy of states `(S, hidden_size)` and the tokens `(S,)` they predict. Where there are many, their scores
-        are computed in chunks, and again for each chunk's gradient: whole, they would be most of a step's memory.
+        The cross-entropy of states `(S, hidden_size)` and the tokens `(S,)` they predict, in chunks where there are many: all
+        their scores at once would be most of a step's memory.
         """
         vocab_size = self.config.text_config.vocab_size
 
-        def compute_loss(states: Tensor, targets: Tensor) -> Tensor:
+        def compute_sum(states: Tensor, targets: Tensor) -> Tensor:
             logits, targets = self.lm_head(states)[None], targets[None]
             told = {"logits": logits, "labels": targets, "shift_labels": targets}
-            return self.loss_function(**told, vocab_size=vocab_size, num_items_in_batch=num_tokens)
+            return self.loss_function(**told, vocab_size=vocab_size, num_items_in_batch=1)
 
         size = max(1, _SCORES_AT_ONCE // vocab_size)
+        weights = tuple(self.lm_head.parameters())
         # Processes that wait for one another at this layer must call it equally often.
-        if len(states) <= size or any(map(_is_shard, self.lm_head.parameters())):
-            return compute_loss(states, targets)
-        chunks = zip(states.split(size), targets.split(size), strict=True)
-        return sum(checkpoint(compute_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        if len(states) <= size or not torch.is_grad_enabled() or any(map(_is_shard, weights)):
+            loss = compute_sum(states, targets)
+        else:
+            trained = (weight for weight in weights if weight.requires_grad)
+            loss = _LossInChunks.apply(compute_sum, size, targets, states, *trained)
+        return loss / num_tokens.to(loss.device)
 
     def _pose_errors(self, rot6d, pose_rotmats, is_pose, pose_labels, pose_mask) -> tuple[Tensor, Tensor | int] | None:
         """Each pose's error and the number of supervised poses, at least 1; None where there is nothing to compare."""
