@@ -3,10 +3,10 @@ ChatPose's `generate` against plain `LlavaForConditionalGeneration.generate` on 
 whether every way of generating decodes the poses that a teacher-forced forward decodes.
 
     python benchmarks/bench_generate.py --quick                       # 2 CPU cores, under a minute
-    python benchmarks/bench_generate.py --original --poses --paths --rounds 5 --memory-rounds 2 --json benchmarks/results/generate_cpu.json
+    python benchmarks/bench_generate.py --original --poses --paths --rounds 3 --memory-rounds 1 --json benchmarks/results/generate_cpu.json
     python benchmarks/bench_generate.py --device cuda --json benchmarks/results/generate_cuda.json
 
-Hardware: any Linux machine; 2 CPU cores and 4 GB of memory do. Time: about 25 minutes on 2 idle cores for the second
+Hardware: any Linux machine; 2 CPU cores and 4 GB of memory do. Time: about 20 minutes on 2 idle cores for the second
 command. Weights are random (SmolLM2-135M's shape, a small CLIP tower), nothing is downloaded. How to read the numbers:
 benchmarks/README.md.
 """

@@ -2,10 +2,10 @@
 A training step of ChatPose with LoRA against plain LLaVA with the same LoRA on the same batches: seconds and memory.
 
     python benchmarks/bench_train.py --quick                                               # 2 CPU cores, under a minute
-    python benchmarks/bench_train.py --json benchmarks/results/train_cpu.json
+    python benchmarks/bench_train.py --rounds 3 --json benchmarks/results/train_cpu.json
     python benchmarks/bench_train.py --device cuda --dtype bfloat16 --json benchmarks/results/train_cuda.json
 
-Hardware: any Linux machine; 2 CPU cores and 6 GB of memory do. Time: about 12 minutes on 2 idle cores for the second command.
+Hardware: any Linux machine; 2 CPU cores and 6 GB of memory do. Time: about 10 minutes on 2 idle cores for the second command.
 Weights are random (SmolLM2-135M's shape with a vocabulary of 32,064, a small CLIP tower). How to read the numbers:
 benchmarks/README.md.
 """
