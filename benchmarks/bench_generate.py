@@ -86,8 +86,10 @@ class PassCounter(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings: bool) -> dict:
-    """A LLaVA's fields: a language model of `args.shape`, and LLaVA-1.5's tower or a small one."""
+def make_configs(
+    args: argparse.Namespace, vocab_size: int, tie_word_embeddings: bool, has_whole_tower: bool = False
+) -> dict:
+    """A LLaVA's fields: a language model of `args.shape`, and LLaVA-1.5's tower, for its own shapes always, or a small one."""
     hidden_size, intermediate_size, layers, heads, key_value_heads = SHAPES[args.shape]
     text_config = LlamaConfig(
         hidden_size=hidden_size,
@@ -101,8 +103,9 @@ def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings:
         tie_word_embeddings=tie_word_embeddings,
         max_position_embeddings=8192,
     )
+    has_whole_tower = has_whole_tower or args.shape.startswith("llava")
     # Four layers: a full tower's prefill, the same work on both sides, would hide what is compared.
-    width, vision_layers, vision_heads = (1024, 24, 16) if args.has_whole_tower else (256, 4, 4)
+    width, vision_layers, vision_heads = (1024, 24, 16) if has_whole_tower else (256, 4, 4)
     vision_config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -119,11 +122,13 @@ def make_configs(args: argparse.Namespace, vocab_size: int, tie_word_embeddings:
     }
 
 
-def make_models(args: argparse.Namespace) -> dict[str, LlavaForConditionalGeneration]:
+def make_models(args: argparse.Namespace, has_whole_tower: bool = False) -> dict[str, LlavaForConditionalGeneration]:
     """ChatPose with random weights, and a plain LLaVA that holds the same modules."""
     torch.manual_seed(args.seed)
     # LLaVA-1.5's output layer is its own, SmolLM2's its embeddings.
-    fields = make_configs(args, vocab_size=49216, tie_word_embeddings=not args.shape.startswith("llava"))
+    fields = make_configs(
+        args, vocab_size=49216, tie_word_embeddings=not args.shape.startswith("llava"), has_whole_tower=has_whole_tower
+    )
     fields["image_token_index"] = 49152
     config = ChatPoseConfig(pose_token_id=49153, **fields)
     torch.set_default_dtype(getattr(torch, args.dtype))
@@ -270,7 +275,7 @@ def measure_original(args: argparse.Namespace, bar: tqdm) -> list[dict]:
     tower: the original runs it again for every token. Ratios are those of prompts a second. Fewer rounds, for one takes long.
     """
     bar.set_description("original's algorithm")
-    models = make_models(argparse.Namespace(**vars(args) | {"has_whole_tower": True}))
+    models = make_models(args, has_whole_tower=True)
     ours, plain = models["ours"], models["plain"]
     inputs = {count: make_inputs(args, ours.config, count, has_image=True) for count in ORIGINAL_BATCH_SIZES}
     new_tokens = min(32, args.new_tokens)
@@ -600,7 +605,6 @@ def parse_args() -> argparse.Namespace:
     if args.new_tokens < 4:
         parser.error(f"--new-tokens must be at least 4, to hold three poses, got {args.new_tokens}")
     args.image_size = 112 if args.quick else 336
-    args.has_whole_tower = args.shape.startswith("llava")
     workloads = list(make_workloads(args))
     # A process takes seconds to start: the quick run measures the largest workload's memory alone.
     args.memory_workloads = workloads[-1:] if args.quick else workloads

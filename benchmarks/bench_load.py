@@ -52,7 +52,7 @@ def measure(code: str, before: str = "") -> dict[str, float]:
 
 def save_models(folder: Path) -> dict[str, str]:
     """Side to a folder with its model: the same language model and tower."""
-    options = argparse.Namespace(shape="smollm2-135m", quick=False, image_size=336, has_whole_tower=False)
+    options = argparse.Namespace(shape="smollm2-135m", quick=False, image_size=336)
     fields = make_configs(options, vocab_size=49216, tie_word_embeddings=True) | {"image_token_index": 49152}
     models = {
         "ours": ChatPoseForConditionalGeneration(ChatPoseConfig(pose_token_id=49153, **fields)),

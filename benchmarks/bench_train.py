@@ -176,7 +176,6 @@ def main() -> None:
     args = parser.parse_args()
     args.rounds = args.rounds or (3 if args.quick else 7)
     args.image_size = 112 if args.quick else 336
-    args.has_whole_tower = args.shape.startswith("llava")
     args.workloads = list(WORKLOADS)[:1] if args.quick else list(WORKLOADS)
     transformers.logging.set_verbosity_error()
     if args.memory_child:

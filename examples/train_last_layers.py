@@ -26,9 +26,8 @@ from chatpose_hf.adapters import prepare_model
 from chatpose_hf.checkpoints import find_last_checkpoint
 from chatpose_hf.data.mixture import Mixture
 from chatpose_hf.data.rows import load_rows
-from chatpose_hf.pose_losses import PoseLoss
 from chatpose_hf.trainer import ChatPoseTrainer
-from chatpose_hf.training import parse_arguments
+from chatpose_hf.training import parse_arguments, parse_weights, set_losses
 
 
 class LastLayersTrainer(ChatPoseTrainer):
@@ -55,7 +54,7 @@ def main() -> None:
     start = read_start(options.start, model, below) if options.start else None
     files = [output / f"states_{process}.safetensors" for process in range(state.num_processes)]
     if not (own := files[state.process_index]).is_file():
-        shares = {name: float(share) for name, share in (item.split("=") for item in data_args.train_data)}
+        shares = parse_weights(data_args.train_data)
         mixture = Mixture([load_rows(name, "train") for name in shares], list(shares.values()), seed=args.seed)
         text.layers, text.norm = layers[:below], nn.Identity()
         rows = draw_rows(mixture, options.count)[state.process_index :: state.num_processes]
@@ -65,10 +64,7 @@ def main() -> None:
     # The model without its lower layers is a model: one that reads states for embeddings.
     text.layers, text.norm = layers[below:], norm
     text.config.num_hidden_layers, text.config.use_cache = tuning.lora_layers, False
-    for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
-        setattr(model.config, name, getattr(loss_args, name))
-    joint_weights = {name: float(weight) for name, weight in (item.split("=") for item in loss_args.joint_weights)}
-    model.pose_loss_function = PoseLoss(loss_args.joint_error, joint_weights, loss_args.joint_position_weight)
+    set_losses(model, loss_args)
     trained = prepare_model(model, tuning, str(Path(model_args.model).resolve()))
     if start:
         set_peft_model_state_dict(trained, start)

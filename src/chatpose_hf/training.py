@@ -21,6 +21,7 @@ from .card import public_name
 from .checkpoints import find_last_checkpoint, list_checkpoints
 from .data.mixture import Mixture, MixtureStream
 from .data.rows import load_rows
+from .modeling_chatpose import ChatPoseForConditionalGeneration
 from .pose_losses import PoseLoss
 from .processes import leave_group
 from .processing_chatpose import ChatPoseProcessor
@@ -230,12 +231,7 @@ def _make_trainer(parsed: tuple, run: dict) -> ChatPoseTrainer:
     set_seed(args.seed)
     processor = ChatPoseProcessor.from_pretrained(model_args.model, revision=model_args.revision)
     model = _load_model(model_args, tuning, args, processor)
-    for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
-        if getattr(loss_args, name) is not None:
-            setattr(model.config, name, getattr(loss_args, name))
-    model.pose_loss_function = PoseLoss(
-        loss_args.joint_error, _parse_weights(loss_args.joint_weights), loss_args.joint_position_weight
-    )
+    set_losses(model, loss_args)
     revision = getattr(model.config, "_commit_hash", None) or model_args.revision
     base = str(Path(model_args.model).resolve()) if Path(model_args.model).is_dir() else model_args.model
     model = prepare_model(model, tuning, base, revision)
@@ -296,7 +292,17 @@ def _load_model(model_args: ModelArguments, tuning: TuningArguments, args: ChatP
     return load_base(model_args.model, processor, model_args.revision, dtype=getattr(torch, dtype), **options)
 
 
-def _parse_weights(items: Sequence[str]) -> dict[str, float]:
+def set_losses(model: ChatPoseForConditionalGeneration, loss_args: LossArguments) -> None:
+    """Gives a model the loss of the settings; weights that they leave open stay its own."""
+    for name in ("ce_loss_weight", "pose_loss_weight", "rot6d_norm_weight"):
+        if getattr(loss_args, name) is not None:
+            setattr(model.config, name, getattr(loss_args, name))
+    model.pose_loss_function = PoseLoss(
+        loss_args.joint_error, parse_weights(loss_args.joint_weights), loss_args.joint_position_weight
+    )
+
+
+def parse_weights(items: Sequence[str]) -> dict[str, float]:
     """`NAME=WEIGHT` items."""
     weights = {}
     for item in items:
@@ -309,7 +315,7 @@ def _parse_weights(items: Sequence[str]) -> dict[str, float]:
 
 
 def _load_train_data(data_args: DataArguments, args: ChatPoseTrainingArguments):
-    weights = _parse_weights(data_args.train_data)
+    weights = parse_weights(data_args.train_data)
     sources = [load_rows(name, data_args.train_split, data_args.streaming, decode=False) for name in weights]
     record = [
         {"name": public_name(name), "split": data_args.train_split, "weight": weight, **_count_rows(source)}
