@@ -35,6 +35,7 @@ WHOLE = {
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
+    "handler.py",
     "model.safetensors",
     "processor_config.json",
     "requirements.txt",
@@ -126,7 +127,7 @@ def test_release_of_an_adapter_holds_no_code(adapter, whole, tmp_path):
     make_release(adapter, tmp_path / "release")
     code = {f"{name}.py" for name in HUB_FILES}
     weights = {"adapter_config.json", "adapter_model.safetensors"}
-    left_out = code | {"config.json", "generation_config.json", "model.safetensors", "requirements.txt"}
+    left_out = code | {"config.json", "generation_config.json", "handler.py", "model.safetensors", "requirements.txt"}
     assert names_in(tmp_path / "release") == (WHOLE - left_out) | weights | {"run.json"}
     card = ModelCard.load(tmp_path / "release" / "README.md")
     assert card.data.library_name == "peft"

@@ -37,7 +37,8 @@ _TAKEN = re.compile(
     r"|(pre)?processor_config\.json|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )
-_CARD_FILES = ("README.md", "requirements.txt", ".eval_results/results.yaml")
+_ENDPOINT_FILES = ("handler.py", "requirements.txt")
+_CARD_FILES = ("README.md", *_ENDPOINT_FILES, ".eval_results/results.yaml")
 
 
 class Release(NamedTuple):
@@ -201,7 +202,8 @@ def make_release(
         if not is_adapter or merge:
             for name in CODE_FILES:
                 shutil.copyfile(Path(__file__).with_name(name), staging / name)
-            (staging / "requirements.txt").write_bytes((template_folder() / "requirements.txt").read_bytes())
+            for name in _ENDPOINT_FILES:
+                (staging / name).write_bytes((template_folder() / name).read_bytes())
         _check_files(staging)
         staging.rename(output)
     return sorted(path for path in output.rglob("*") if path.is_file())

@@ -1,6 +1,7 @@
 """Processor of ChatPose: pictures and chats in, tensors out; generated tokens in, words and SMPL parameters out."""
 
 import json
+import reprlib
 from functools import cache
 
 import torch
@@ -205,6 +206,8 @@ class ChatPoseProcessor(LlavaProcessor):
         """
         rows = [text] if isinstance(text, str) else text
         if rows is not None:
+            if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) for row in rows):
+                raise ValueError(f"expected a text or a list of at least one, got {reprlib.repr(text)}")
             self._check_images(rows, images)
         pose_labels = None
         if poses is not None:
@@ -251,6 +254,8 @@ class ChatPoseProcessor(LlavaProcessor):
             )
 
     def _pose_labels(self, rows: list[str], poses) -> torch.Tensor:
+        if not all(hasattr(each, "__len__") for each in [poses, *poses]):
+            raise ValueError(f"expected a list of poses for each of the {len(rows)} texts, got {reprlib.repr(poses)}")
         if len(poses) != len(rows):
             raise ValueError(f"expected a list of poses for each of the {len(rows)} texts, got {len(poses)} lists")
         for row, (text, row_poses) in enumerate(zip(rows, poses, strict=True)):
@@ -259,7 +264,10 @@ class ChatPoseProcessor(LlavaProcessor):
                     f"expected one pose for each `{self.pose_token}`, got {len(row_poses)} poses for {count} tokens in "
                     f"row {row}; check `poses` against the text"
                 )
-        flat = [torch.as_tensor(pose, dtype=torch.float32) for row_poses in poses for pose in row_poses]
+        try:
+            flat = [torch.as_tensor(pose, dtype=torch.float32) for row_poses in poses for pose in row_poses]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"expected poses as axis-angle of shape (joints, 3): {error}") from error
         for pose in flat:
             if pose.ndim != 2 or pose.shape[-1] != 3 or pose.shape != flat[0].shape:
                 raise ValueError(f"expected poses as axis-angle of shape (joints, 3), got {tuple(pose.shape)}")
@@ -287,8 +295,8 @@ class ChatPoseProcessor(LlavaProcessor):
         Raises:
             ValueError: for content of an unknown kind, and where answers cannot be told from the template's text.
         """
-        is_batched = bool(conversation) and not isinstance(conversation[0], dict)
-        chats = [_copy_chat(chat) for chat in (conversation if is_batched else [conversation])]
+        is_batched = isinstance(conversation, (list, tuple)) and conversation and not isinstance(conversation[0], dict)
+        chats = [_copy_chat(row, chat) for row, chat in enumerate(conversation if is_batched else [conversation])]
         for row, chat in enumerate(chats):
             self._write_poses_as_text(row, chat)
         if return_assistant_tokens_mask and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
@@ -312,6 +320,10 @@ class ChatPoseProcessor(LlavaProcessor):
                     )
                 if kind == "pose":
                     part = {"type": "text", "text": self.pose_token}
+                if part["type"] == "text" and not isinstance(part.get("text"), str):
+                    raise ValueError(
+                        f"expected a text, got {reprlib.repr(part.get('text'))} in message {index} of row {row}"
+                    )
                 if part["type"] == "text" and parts and parts[-1]["type"] == "text":
                     parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
                 else:
@@ -422,14 +434,21 @@ class ChatPoseProcessor(LlavaProcessor):
         return replies
 
 
-def _copy_chat(chat: list[dict]) -> list[dict]:
+def _copy_chat(row: int, chat: list[dict]) -> list[dict]:
     """Messages and parts are copied, pictures are not."""
-    return [
-        {**message, "content": [dict(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else dict(message)
-        for message in chat
-    ]
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"expected a chat, a list of messages, in row {row}, got {reprlib.repr(chat)}")
+    copied = []
+    for index, message in enumerate(chat):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        is_parts = isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content)
+        if not isinstance(role, str) or not (isinstance(content, str) or is_parts):
+            raise ValueError(
+                f"expected `role` and `content`, a text or a list of parts, in message {index} of row {row}, got "
+                f"{reprlib.repr(message)}"
+            )
+        copied.append({**message, "content": [dict(part) for part in content] if is_parts else content})
+    return copied
 
 
 def _adapt_chat_template(tokenizer, template: str | dict | None, image_token: str) -> str:
