@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from chatpose_hf import CHATPOSE_TINY, ChatPoseForConditionalGeneration, ChatPoseProcessor
+from chatpose_hf.app import MAX_SESSIONS
 from chatpose_hf.export import poses_to_amass
 from chatpose_hf.hub import make_release
 from chatpose_hf.pipeline_chatpose import ChatPosePipeline
@@ -262,7 +263,8 @@ def main():
     )
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    grown = any(
+    kept = figures["files in the temporary folder"] > 5 * (MAX_SESSIONS + options.app_clients)
+    grown = kept or any(
         figures[f"{name} MiB"]["last"] > 1.05 * figures[f"{name} MiB"]["second quarter"] for name in ("app", "handler")
     )
     wrong = tally["app answers of somebody else"] + tally["handler answers of somebody else"]

@@ -17,7 +17,7 @@ import torch
 from make_tiny_checkpoint import make_model, make_processor
 from PIL import Image
 
-from chatpose_hf import ChatPosePipeline
+from chatpose_hf import ChatPosePipeline, app
 from chatpose_hf.app import launch_app, show_chat, stream_reply
 from chatpose_hf.body import BodyModel
 from chatpose_hf.export import Turn, poses_to_amass
@@ -279,6 +279,19 @@ def test_an_answer_can_be_stopped_and_left(visit, pipe):
         assert page.locator("#question .submit-button").count() == 1
     finally:
         slow.remove()
+
+
+def test_chats_in_memory_are_limited(pipe, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the package gradio")
+    monkeypatch.setattr(app, "MAX_SESSIONS", 3)
+    demo = launch_app(pipe, BodyModel.load("default"), port=free_port(), prevent_thread_lock=True, quiet=True)
+    try:
+        holder = demo.app.state_holder
+        for number in range(9):
+            assert holder[str(number)]
+        assert list(holder.session_data) == ["6", "7", "8"]
+    finally:
+        demo.close()
 
 
 def test_the_space_answers(tmp_path):

@@ -88,6 +88,7 @@ FAULTS = {
     "two poses for one": ({"poses": [np.zeros((24, 3))] * 2}, "`poses`: expected one for each pose part .*2 for 1"),
     "shape": ({"poses": [np.zeros((22, 3))]}, r"`poses`: expected shape \(24, 3\), got \(22, 3\)"),
     "ragged": ({"poses": [[[0.0], [1.0, 2.0]]]}, r"`poses`: expected shape \(24, 3\), got no numbers"),
+    "huge": ({"poses": [np.full((24, 3), 1e30)]}, "`poses`: expected radians, under 10000"),
     "nan": ({"poses": [np.full((24, 3), np.nan)]}, "`poses`: expected finite numbers"),
     "mask length": ({"pose_mask": [[True] * 23]}, "`pose_mask`: expected 24 booleans"),
     "mask numbers": ({"pose_mask": [[1.0] * 24]}, "`pose_mask`: expected 24 booleans"),

@@ -144,6 +144,7 @@ def test_what_cannot_be_read_says_why(poses, tmp_path):
     refused("e.npz", {"poses": np.array([Payload()], dtype=object)}, "type `object`")
     refused("f.npz", pickle.dumps(Payload()), "cannot read")
     refused("g.npz", {"poses": np.full((1, 156), np.nan)}, "NaN")
+    refused("g.npz", {"poses": np.full((1, 156), 1e30)}, "no angle in radians")
     edited = poses_to_amass(poses)
     edited["poses"][2, 4] += 0.5
     refused("h.npz", edited, "`poses` and `theta` of .* are different poses")

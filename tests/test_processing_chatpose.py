@@ -112,8 +112,16 @@ def test_a_base_template_without_end_token_is_replaced(caplog):
 
 
 def test_wrong_roles_and_kinds_are_refused(processor):
-    with pytest.raises(Exception, match="expected the roles system"):
+    with pytest.raises(ValueError, match="expected the roles system"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(ValueError, match="expected a text, got None in message 0 of row 0"):
+        processor.apply_chat_template([user({"type": "text"})])
+    for nothing in ([], {}, None, "words", [[]], [None], [{"role": "user"}], [{"role": "user", "content": ["a"]}]):
+        with pytest.raises(ValueError, match=r"expected a chat|expected `role` and `content`"):
+            processor.apply_chat_template(nothing)
+    for nothing in ([], [None], 3):
+        with pytest.raises(ValueError, match="expected a text or a list"):
+            processor(text=nothing)
     with pytest.raises(ValueError, match="got 'video' in message 0 of row 1"):
         processor.apply_chat_template([[user("a")], [user({"type": "video"})]])
 
@@ -245,6 +253,9 @@ def test_poses_become_matrices_in_order(processor):
         ([[], []], "got 0 poses for 1 tokens in row 0"),
         ([[torch.zeros(24, 3)], [torch.zeros(24, 3)]], "got 1 poses for 0 tokens in row 1"),
         ([[torch.zeros(24, 3)]], "a list of poses for each of the 2 texts, got 1 lists"),
+        ([[torch.full((24, 3), 1e30)], []], "finite angles"),
+        ([[["a"]], []], "expected poses as axis-angle"),
+        (3, "expected a list of poses for each of the 2 texts, got 3"),
         ([[torch.zeros(72)], []], r"expected poses as axis-angle of shape \(joints, 3\), got \(72,\)"),
     ],
 )

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = "32mb"
 MAX_WAITING = 32  # questions in the queue; who comes next is told so
+MAX_SESSIONS = (
+    256  # chats in memory, an hour beyond their page's end; over it, the one that was quiet longest is forgotten
+)
 CACHE_SECONDS = 24 * 60 * 60
 
 EXAMPLES = [
@@ -218,6 +221,7 @@ def launch_app(
         "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         "css": CSS,
         "max_file_size": MAX_FILE_SIZE,
+        "state_session_capacity": MAX_SESSIONS,
         "share": False,
         "ssr_mode": False,
         "run_history": False,  # would keep chats in the browser, for whoever sits there next

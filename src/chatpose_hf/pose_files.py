@@ -111,8 +111,12 @@ def load_poses(path: str | Path, frame: str | None = None) -> tuple[Tensor, list
         poses, names = _load_json(path, frame)
     else:
         raise ValueError(f"expected a file of poses (.npz, .json, .jsonl), got {path}")
-    if not torch.isfinite(poses).all():
-        raise ValueError(f"expected finite numbers, got NaN or infinity among the poses of {path}")
+    if not torch.isfinite(
+        rotvec_to_rotmat(poses)
+    ).all():  # numbers whose squares are beyond float32 are no angles either
+        raise ValueError(
+            f"expected finite numbers, got NaN, infinity or no angle in radians among the poses of {path}"
+        )
     return poses, names
 
 

@@ -254,7 +254,7 @@ class ChatPoseProcessor(LlavaProcessor):
             )
 
     def _pose_labels(self, rows: list[str], poses) -> torch.Tensor:
-        if not all(hasattr(each, "__len__") for each in [poses, *poses]):
+        if not hasattr(poses, "__len__") or not all(hasattr(each, "__len__") for each in poses):
             raise ValueError(f"expected a list of poses for each of the {len(rows)} texts, got {reprlib.repr(poses)}")
         if len(poses) != len(rows):
             raise ValueError(f"expected a list of poses for each of the {len(rows)} texts, got {len(poses)} lists")
@@ -271,7 +271,10 @@ class ChatPoseProcessor(LlavaProcessor):
         for pose in flat:
             if pose.ndim != 2 or pose.shape[-1] != 3 or pose.shape != flat[0].shape:
                 raise ValueError(f"expected poses as axis-angle of shape (joints, 3), got {tuple(pose.shape)}")
-        return rotvec_to_rotmat(torch.stack(flat)) if flat else torch.zeros(0, 24, 3, 3)
+        rotmats = rotvec_to_rotmat(torch.stack(flat)) if flat else torch.zeros(0, 24, 3, 3)
+        if not torch.isfinite(rotmats).all():
+            raise ValueError("expected poses of finite angles in radians, got others")
+        return rotmats
 
     def apply_chat_template(self, conversation, chat_template=None, return_assistant_tokens_mask=False, **kwargs):
         """
@@ -293,7 +296,8 @@ class ChatPoseProcessor(LlavaProcessor):
             `str`, `list[str]` or `BatchFeature`, as in transformers.
 
         Raises:
-            ValueError: for content of an unknown kind, and where answers cannot be told from the template's text.
+            ValueError: for what is no chat, content of an unknown kind, roles that the template refuses, and where answers
+                cannot be told from the template's text.
         """
         is_batched = isinstance(conversation, (list, tuple)) and conversation and not isinstance(conversation[0], dict)
         chats = [_copy_chat(row, chat) for row, chat in enumerate(conversation if is_batched else [conversation])]
@@ -301,7 +305,14 @@ class ChatPoseProcessor(LlavaProcessor):
             self._write_poses_as_text(row, chat)
         if return_assistant_tokens_mask and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             raise ValueError("`return_assistant_tokens_mask=True` needs `tokenize=True` and `return_dict=True`")
-        output = super().apply_chat_template(chats if is_batched else chats[0], chat_template, **kwargs)
+        try:
+            output = super().apply_chat_template(chats if is_batched else chats[0], chat_template, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith(
+                "jinja2"
+            ):  # which a file beside weights should not need to import
+                raise
+            raise ValueError(f"the chat template refuses the chat: {error}") from error
         if return_assistant_tokens_mask:
             self._add_assistant_masks(output, chats, chat_template)
         return output

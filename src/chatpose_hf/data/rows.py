@@ -32,6 +32,7 @@ FEATURES = Features(
         "licence": Value("string"),
     }
 )
+MAX_ANGLE = 1e4  # beyond, float32 has no thousandth of a radian; far beyond, no rotation
 # Small, so that a row of pictures is at hand without reading hundreds of megabytes, as dataset viewers do.
 _ROWS_PER_GROUP = 100
 
@@ -102,6 +103,7 @@ def validate_row(row: dict) -> None:
         shape = "no numbers" if array is None else array.shape
         expect(shape == (NUM_JOINTS, 3), "poses", f"expected shape ({NUM_JOINTS}, 3)", shape)
         expect(bool(np.isfinite(array).all()), "poses", "expected finite numbers")
+        expect(bool((np.abs(array) < MAX_ANGLE).all()), "poses", f"expected radians, under {MAX_ANGLE:g}")
     expect(len(row["pose_mask"]) == len(row["poses"]), "pose_mask", "expected one for each pose")
     for mask in row["pose_mask"]:
         is_mask = isinstance(mask, list | tuple | np.ndarray) and len(mask) == NUM_JOINTS
