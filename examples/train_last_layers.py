@@ -4,7 +4,7 @@
 
 The settings are those of `chatpose train`, `lora_layers` among them; the rows are words alone. `--count` rows are drawn from the
 mixture and come again in every pass. The adapter is one of the whole model, as `chatpose train` writes it; the states of what follows a
-`<POSE>` are not yet, because `<POSE>` is learned too: a second part with `--start ADAPTER`, in a folder of its own, learns that. A run
+`<POSE>` are not yet, because `<POSE>` is learned too: a second part with `--adapter ADAPTER`, in a folder of its own, learns that. A run
 that was stopped goes on from its last checkpoint. Hardware: 2 CPU cores.
 """
 
@@ -40,7 +40,7 @@ class LastLayersTrainer(ChatPoseTrainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, required=True, help="rows to draw")
-    parser.add_argument("--start", metavar="DIR", help="an adapter of the whole model, whose `<POSE>` is kept")
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter of the whole model, whose `<POSE>` is kept")
     options, arguments = parser.parse_known_args()
     model_args, data_args, tuning, loss_args, _, args = parse_arguments(arguments)
     torch.manual_seed(args.seed)
@@ -51,7 +51,7 @@ def main() -> None:
     text = model.model.language_model
     layers, norm = text.layers, text.norm
     below = len(layers) - tuning.lora_layers
-    start = read_start(options.start, model, below) if options.start else None
+    start = read_start(options.adapter, model, below) if options.adapter else None
     files = [output / f"states_{process}.safetensors" for process in range(state.num_processes)]
     if not (own := files[state.process_index]).is_file():
         shares = parse_weights(data_args.train_data)

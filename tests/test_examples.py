@@ -188,7 +188,7 @@ def test_the_last_layers_learn_from_states_and_the_adapter_is_the_whole_models(p
     with torch.no_grad():
         last = base.train()(**batch)
     below = "model.language_model.layers.0.mlp.down_proj.weight"
-    for part, start in (("out", []), ("more", ["--start", str(tmp_path / "out")])):
+    for part, start in (("out", []), ("more", ["--adapter", str(tmp_path / "out")])):
         monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / part), *start])
         train_last_layers.main()
         whole, _ = load_trained(tmp_path / part)
