@@ -122,6 +122,8 @@ def test_wrong_roles_and_kinds_are_refused(processor):
     for nothing in ([], [None], 3):
         with pytest.raises(ValueError, match="expected a text or a list"):
             processor(text=nothing)
+    with pytest.raises(ValueError, match="half of a character"):
+        processor(text=["words", "\ud800"])
     with pytest.raises(ValueError, match="got 'video' in message 0 of row 1"):
         processor.apply_chat_template([[user("a")], [user({"type": "video"})]])
 

@@ -208,6 +208,10 @@ class ChatPoseProcessor(LlavaProcessor):
         if rows is not None:
             if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) for row in rows):
                 raise ValueError(f"expected a text or a list of at least one, got {reprlib.repr(text)}")
+            try:
+                "".join(rows).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"expected text that UTF-8 can write, got half of a character: {error}") from error
             self._check_images(rows, images)
         pose_labels = None
         if poses is not None:

@@ -161,8 +161,9 @@ def _is_unicode(text: str) -> bool:
 
 def _as_numbers(pose: object) -> np.ndarray | None:
     try:
-        return np.asarray(pose, dtype=np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and told so
+            return np.asarray(pose, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
