@@ -1,6 +1,7 @@
 """The examples that train, and the settings in examples/configs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from conftest import ROOT
 from layer_states import LayerStates, collate
 from make_rows import make_rows, write_splits
 from make_tiny_checkpoint import TEXT, make_model, make_tokenizer
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatpose_hf.adapters import TuningArguments, load_trained, prepare_model
@@ -235,3 +237,18 @@ def test_ray_answers_a_folder_of_pictures_and_goes_on(processor, images, tmp_pat
     parts[1].unlink()
     assert "4 pictures in 2 parts, 1 of them done" in run(*command, "--part", "2")
     assert [part.read_bytes() for part in parts] == before
+
+
+def test_the_adapter_that_is_shipped_is_smollm2s():
+    folder = ROOT / "examples" / "chatpose-smollm2"
+    weights = load_file(folder / "adapter_model.safetensors")
+    layers = {int(match[1]) for name in weights if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    assert layers == set(range(22, 30)), "the last eight of thirty"
+    (row,) = (weight for name, weight in weights.items() if name.endswith("trainable_tokens_delta"))
+    assert row.shape == (1, 576)
+    (head,) = (weight for name, weight in weights.items() if name.endswith("pose_head.linear_2.weight"))
+    assert head.shape[0] == 24 * 6
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (64, None)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6

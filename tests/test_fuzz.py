@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from handler_server import load_handler
@@ -271,7 +272,7 @@ def test_pose_files(tmp_path_factory, content, frame):
     with contextlib.suppress(ValueError):
         poses, names = load_poses(file, frame)
         assert poses.shape[1:] == (24, 3)
-        assert np.isfinite(poses).all()
+        assert torch.isfinite(poses).all()
         assert len(poses) == len(names)
 
 
@@ -284,7 +285,7 @@ def test_replies(tmp_path_factory, reply, name):
     file.write_text(json.dumps(reply), encoding="utf-8")
     with contextlib.suppress(ValueError):
         poses, _ = load_poses(file)
-        assert np.isfinite(poses).all()
+        assert torch.isfinite(poses).all()
 
 
 @fuzz

@@ -110,9 +110,10 @@ def make_app(pipe: ChatPosePipeline, body: BodyModel, max_new_tokens: int = 512)
             total = sum(len(turn.thetas) for turn in turns)
             label = f"Pose {total}" if count == 1 else f"Poses {total - count + 1} to {total}, left to right"
             row = stand_side_by_side(body.vertices(torch.stack(turns[-1].thetas)))
-            size = (row.amax((0, 1)) - row.amin((0, 1))).max().item()
-            # Far enough away for all of it: left to itself, the viewer cuts off raised hands.
-            shown[model] = gr.Model3D(value=files["body.glb"], label=label, camera_position=(None, None, 1.35 * size))
+            width, height, depth = (row.amax((0, 1)) - row.amin((0, 1))).tolist()
+            # Far enough away for all of it: left to itself, the viewer cuts off raised hands, and feet that come towards it.
+            distance = 1.35 * max(width, height) + depth / 2
+            shown[model] = gr.Model3D(value=files["body.glb"], label=label, camera_position=(None, None, distance))
             shown[picture] = gr.Image(value=files["picture.png"], visible=True)
         return {folder: kept, **shown}
 
