@@ -52,6 +52,7 @@ def test_two_shards_give_the_gradient_of_one_process(desk, whole_batch, fsdp, tm
     load_trained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_goes_on_in_another_number_of_processes(desk, fsdp, tmp_path):  # noqa: F811
     text = (
         f"--method full --max_steps 4 --learning_rate 0.01 {PLAIN} --eval_data {desk / 'rows'} --eval_strategy steps "
