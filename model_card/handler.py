@@ -90,8 +90,8 @@ class EndpointHandler:
         wants_glb = parameters.pop("glb", False)
         make_glb = _glb_maker() if wants_glb else None
         messages = _read_messages(data["inputs"], self.pipe.processor.image_token)
-        limit = min(parameters.pop("max_new_tokens", 512), self._count_free_tokens(messages))
-        with self._lock:
+        with self._lock:  # the tokenizer's too, which is none of several threads
+            limit = min(parameters.pop("max_new_tokens", 512), self._count_free_tokens(messages))
             reply = self.pipe(messages, max_new_tokens=limit, **parameters)
         answer = {"text": reply["text"], "poses": [{"theta": pose["theta"].tolist()} for pose in reply["poses"]]}
         if make_glb and reply["poses"]:
