@@ -106,7 +106,7 @@ class Visitor:
         self.heartbeat.close()
 
     def call(self, name, *data):
-        """What a function's last word is; None where the queue is full."""
+        """What a function says last."""
         body = {"data": data, "fn_index": self.functions[name], "session_hash": self.session}
         post(f"{self.url}/gradio_api/queue/join", body)
         stream = f"{self.url}/gradio_api/queue/data?session_hash={self.session}"

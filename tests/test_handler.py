@@ -234,7 +234,7 @@ def site():
                 self.end_headers()
                 while not stopped.wait(0.05):
                     self.wfile.write(b"x")
-            elif place in ("ok", "ok?é".encode().decode("latin-1")) or place.startswith("caf"):
+            elif place == "ok" or place.startswith("caf"):
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(picture)

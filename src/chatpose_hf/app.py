@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = "32mb"
 MAX_WAITING = 32  # questions in the queue; who comes next is told so
-MAX_SESSIONS = (
-    256  # chats in memory, an hour beyond their page's end; over it, the one that was quiet longest is forgotten
-)
+# Chats in memory, an hour beyond their page's end; over it, the one that was quiet longest is forgotten.
+MAX_SESSIONS = 256
 CACHE_SECONDS = 24 * 60 * 60
 
 EXAMPLES = [

@@ -111,9 +111,8 @@ def load_poses(path: str | Path, frame: str | None = None) -> tuple[Tensor, list
         poses, names = _load_json(path, frame)
     else:
         raise ValueError(f"expected a file of poses (.npz, .json, .jsonl), got {path}")
-    if not torch.isfinite(
-        rotvec_to_rotmat(poses)
-    ).all():  # numbers whose squares are beyond float32 are no angles either
+    # As matrices: numbers whose squares are beyond float32 are no angles either.
+    if not torch.isfinite(rotvec_to_rotmat(poses)).all():
         raise ValueError(
             f"expected finite numbers, got NaN, infinity or no angle in radians among the poses of {path}"
         )

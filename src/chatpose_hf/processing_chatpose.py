@@ -312,9 +312,8 @@ class ChatPoseProcessor(LlavaProcessor):
         try:
             output = super().apply_chat_template(chats if is_batched else chats[0], chat_template, **kwargs)
         except Exception as error:
-            if not type(error).__module__.startswith(
-                "jinja2"
-            ):  # which a file beside weights should not need to import
+            # By name: a file beside weights should not need to import jinja2.
+            if not type(error).__module__.startswith("jinja2"):
                 raise
             raise ValueError(f"the chat template refuses the chat: {error}") from error
         if return_assistant_tokens_mask:
