@@ -223,6 +223,34 @@ def time_alternating(calls: dict[str, Callable[[], object]], rounds: int, device
     return seconds
 
 
+def profile_calls(calls: dict[str, Callable[[], object]], device: str, operators: int = 8) -> list[dict]:
+    """
+    Percent of each call's time by operator, as torch's profiler sees it, those that take most first, and how often each is called.
+    What is in no operator is Python, or on a GPU waiting for it.
+    """
+    time_of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    percents, counts = {}, {}
+    for side, call in calls.items():
+        call()
+        with torch.profiler.profile(acc_events=True) as profiler:
+            seconds = time_call(call, device)
+        events = profiler.key_averages()
+        percents[side] = {event.key: 1e-4 * getattr(event, time_of) / seconds for event in events}
+        percents[side]["(in no operator)"] = 100 - sum(percents[side].values())
+        counts[side] = {event.key: event.count for event in events}
+    largest = {
+        key: max(side.get(key, 0.0) for side in percents.values()) for each in percents.values() for key in each
+    }
+    return [
+        {
+            "operator": key,
+            **{f"percent_{side}": percents[side].get(key, 0.0) for side in calls},
+            **{f"calls_{side}": counts[side].get(key, 0) for side in calls},
+        }
+        for key in sorted(largest, key=largest.get, reverse=True)[:operators]
+    ]
+
+
 def summarize(numerator: list[float], denominator: list[float]) -> dict[str, float | list[float]]:
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "ratios": ratios}
@@ -266,6 +294,19 @@ def measure_time(args: argparse.Namespace, models: dict, bar: tqdm) -> list[dict
                 **summarize(seconds["ours"], seconds["plain"]),
             }
         )
+    return rows
+
+
+def profile_workloads(args: argparse.Namespace, models: dict, bar: tqdm) -> list[dict]:
+    rows = []
+    for name, workload in make_workloads(args).items():
+        bar.set_description(f"profile: {name}")
+        inputs = make_inputs(args, models["ours"].config, *workload)
+        calls = {
+            side: lambda s=side, i=inputs: run_generate(models[s], i, models["ours"].config, args.new_tokens)
+            for side in SIDES
+        }
+        rows += [{"workload": name, **row} for row in profile_calls(calls, args.device)]
     return rows
 
 
@@ -594,6 +635,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--paths", action="store_true", help="also compare every path with a teacher-forced forward")
     parser.add_argument("--path-tokens", type=int, default=48, help="new tokens of each path")
     parser.add_argument("--poses", action="store_true", help="also what one more pose costs, against one more token")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, by operator")
     parser.add_argument("--leak", type=int, metavar="N", default=0, help="also memory over N calls, at least 10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -639,6 +681,8 @@ def main() -> None:
             results["ratio_time"] = max(row["ratio"] for row in results["time"])
             if args.poses:
                 results["poses"] = measure_pose_slope(args, models, bar)
+            if args.profile:
+                results["profile"] = profile_workloads(args, models, bar)
             del models
             if args.original:
                 results["original"] = measure_original(args, bar)
@@ -652,6 +696,7 @@ def main() -> None:
         "memory": "Peak memory, ratio ours / plain",
         "original": "Prompts a second, ratio ours / the original's algorithm",
         "poses": "One more pose",
+        "profile": "Percent of the time by operator",
         "paths": "Largest difference of a pose to the teacher-forced forward",
         "leak": "Memory over many calls",
     }

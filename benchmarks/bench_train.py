@@ -24,6 +24,7 @@ from bench_generate import (
     make_configs,
     measure_peak,
     print_table,
+    profile_calls,
     summarize,
     time_alternating,
     time_call,
@@ -104,10 +105,11 @@ def make_step(name: str, model, optimizer, batch: dict[str, Tensor]):
     return step
 
 
-def measure_time(args: argparse.Namespace, bar: tqdm) -> list[dict]:
+def measure_time(args: argparse.Namespace, bar: tqdm) -> tuple[list[dict], list[dict]]:
+    """Seconds of each workload; and, where asked for, where they go."""
     peak = measure_peak_operations(args)
     models = {side: make_model(side, args) for side in SIDES}
-    results = []
+    results, profiles = [], []
     for name in args.workloads:
         bar.set_description(f"time: {name}")
         batches = {side: make_batch(name, side, args) for side in SIDES}
@@ -121,7 +123,9 @@ def measure_time(args: argparse.Namespace, bar: tqdm) -> list[dict]:
         done = count_operations(models["ours"][0], batches["ours"]) / medians["seconds_ours"]
         row = {"workload": name, **medians, "percent_of_peak": 100 * done / peak}
         results.append(row | summarize(seconds["ours"], seconds["plain"]))
-    return results
+        if args.profile:
+            profiles += [{"workload": name, **row} for row in profile_calls(steps, args.device)]
+    return results, profiles
 
 
 def count_operations(model, batch: dict[str, Tensor]) -> float:
@@ -170,13 +174,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of the language model")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help="default: all; with --quick the first"
+    )
     parser.add_argument("--rounds", type=int, help="timed rounds of each workload, default 7; with --quick 3")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, by operator")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--memory-child", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.rounds = args.rounds or (3 if args.quick else 7)
     args.image_size = 112 if args.quick else 336
-    args.workloads = list(WORKLOADS)[:1] if args.quick else list(WORKLOADS)
+    args.workloads = args.workloads or (list(WORKLOADS)[:1] if args.quick else list(WORKLOADS))
     transformers.logging.set_verbosity_error()
     if args.memory_child:
         print(json.dumps(run_memory_child(args)))
@@ -186,7 +194,10 @@ def main() -> None:
     with tqdm(total=len(args.workloads) * (4 + 2 * args.rounds), unit="run") as bar:
         # The children come first: beside a large parent they would share its caches and memory.
         results["memory"] = measure_memory(args, bar)
-        results["time"] = measure_time(args, bar)
+        results["time"], profiles = measure_time(args, bar)
+    if profiles:
+        results["profile"] = profiles
+        print_table("Percent of a step's time by operator", profiles)
     results["ratio_time"], results["ratio_memory"] = (
         max(row["ratio"] for row in results[part]) for part in ("time", "memory")
     )

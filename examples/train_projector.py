@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("val", help="others, of the split val")
     parser.add_argument("--steps", type=int, default=2500)
     options = parser.parse_args()
+    if options.steps < 40:
+        parser.error(f"--steps must be at least 40, of which the first twentieth warms up, got {options.steps}")
     torch.manual_seed(0)
     model = ChatPoseForConditionalGeneration.from_pretrained(options.model, attn_implementation="eager")
     model.requires_grad_(False)

@@ -12,6 +12,7 @@ import ipaddress
 import reprlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -33,7 +34,7 @@ MAX_ASPECT = 20  # a line of 10,000 x 1, its short side brought to the model's h
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_NEW_TOKENS = 1024
 MAX_REDIRECTS = 3
-FETCH_SECONDS = 10
+FETCH_SECONDS = 10  # redirects too
 
 
 class EndpointHandler:
@@ -90,24 +91,13 @@ class EndpointHandler:
         wants_glb = parameters.pop("glb", False)
         make_glb = _glb_maker() if wants_glb else None
         messages = _read_messages(data["inputs"], self.pipe.processor.image_token)
-        with self._lock:  # the tokenizer's too, which is none of several threads
-            limit = min(parameters.pop("max_new_tokens", 512), self._count_free_tokens(messages))
-            reply = self.pipe(messages, max_new_tokens=limit, **parameters)
+        with self._lock:
+            reply = self.pipe(messages, **parameters)
         answer = {"text": reply["text"], "poses": [{"theta": pose["theta"].tolist()} for pose in reply["poses"]]}
         if make_glb and reply["poses"]:
             glb = make_glb(torch.stack([pose["theta"] for pose in reply["poses"]]).view(-1, 24, 3))
             answer["glb"] = base64.b64encode(glb).decode()
         return answer
-
-    def _count_free_tokens(self, messages: list[dict]) -> int:
-        """How long an answer may be; beyond the lengths that it was trained on, a model babbles."""
-        processor, limit = self.pipe.processor, self.pipe.model.config.text_config.max_position_embeddings
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        used = len(processor.tokenizer(text)["input_ids"])
-        used += text.count(processor.image_token) * (processor.num_image_tokens - 1)
-        if used >= limit:
-            raise ValueError(f"expected a chat of fewer than {limit} tokens, as many as the model reads, got {used}")
-        return limit - used
 
 
 def _glb_maker():
@@ -182,10 +172,6 @@ def _read_messages(inputs: Any, image_token: str) -> list[dict]:
     texts = [part["text"] for part in parts if part["type"] == "text"]
     if sum(map(len, texts)) > MAX_CHARACTERS:
         raise ValueError(f"expected at most {MAX_CHARACTERS} characters, got {sum(map(len, texts))}")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("expected texts of whole characters, got half of a surrogate pair") from error
     if any(image_token in text for text in texts):
         raise ValueError(f"expected texts without {image_token}, the model's own sign for a picture")
     if not any(part["type"] == "text" and part["text"].strip() for part in messages[-1]["content"]):
@@ -253,13 +239,20 @@ def _open_image(source: str) -> Image.Image:
 
 def _fetch(address: str) -> bytes:
     """What lies at a public address: an endpoint's own network is none of a stranger's business."""
+    end = time.monotonic() + FETCH_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
+        fault = None
         try:
-            with _connect(address) as connection:
+            with _connect(address, end) as connection:
                 response = connection.getresponse()
                 content = response.read(MAX_IMAGE_BYTES + 1) if response.status == 200 else b""
         except (OSError, HTTPException, UnicodeError) as error:
-            raise ValueError(f"expected a picture at {_shorten(address)}, which cannot be reached") from error
+            fault = error
+        # First, for what is cut off looks like many things, also like a whole answer.
+        if time.monotonic() >= end:
+            raise ValueError(f"expected a picture at {_shorten(address)} within {FETCH_SECONDS} seconds") from fault
+        if fault:
+            raise ValueError(f"expected a picture at {_shorten(address)}, which cannot be reached") from fault
         if len(content) > MAX_IMAGE_BYTES:
             raise ValueError(f"expected a picture of at most {MAX_IMAGE_BYTES:,} bytes")
         if response.status == 200:
@@ -271,17 +264,17 @@ def _fetch(address: str) -> bytes:
 
 
 @contextmanager
-def _connect(address: str) -> Iterator[HTTPConnection]:
-    """A connection that has asked for what lies at an address. It ends after `FETCH_SECONDS`, however slow the other side."""
+def _connect(address: str, end: float) -> Iterator[HTTPConnection]:
+    """A connection that has asked for what lies at an address; cut off at `end` of `time.monotonic`, however slow it is."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise ValueError(f"expected an http(s) address without a user's name, got {_shorten(address)}")
     make_connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = make_connection(parts.hostname, parts.port, timeout=FETCH_SECONDS)
+    connection = make_connection(parts.hostname, parts.port, timeout=max(end - time.monotonic(), 0.001))
     connection.connect()
-    end = threading.Timer(FETCH_SECONDS, _shut, [connection.sock])
-    end.daemon = True
-    end.start()
+    cut = threading.Timer(end - time.monotonic(), _shut, [connection.sock])
+    cut.daemon = True
+    cut.start()
     try:
         # Of the connection itself: a name may stand for another address whenever it is asked.
         if not _is_public(connection.sock.getpeername()[0]):
@@ -290,7 +283,7 @@ def _connect(address: str) -> Iterator[HTTPConnection]:
         connection.request("GET", target, headers={"User-Agent": "chatpose_hf", "Accept": "image/*"})
         yield connection
     finally:
-        end.cancel()
+        cut.cancel()
         connection.close()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -236,7 +237,7 @@ def test_what_cannot_be_answered_is_explained_and_kept(visit, tmp_path):
     assert visitor.box.input_value() == "a literal <image>"
     clear()
     visitor.ask("long " * 2000)
-    visitor.see("longer than the model reads")
+    visitor.see("as many as the model reads")
     clear()
     page.get_by_label("Force a pose").check()
     visitor.ask("a question that can be answered")
@@ -290,6 +291,9 @@ def test_chats_in_memory_are_limited(pipe, monkeypatch):
         for number in range(9):
             assert holder[str(number)]
         assert list(holder.session_data) == ["6", "7", "8"]
+        assert demo._queue.ANALYTICS_MAX_EVENTS == 100  # a table of them is made with each question
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{demo.local_url}monitoring/summary")
     finally:
         demo.close()
 
@@ -381,7 +385,7 @@ def test_stream_hands_on_errors(pipe, monkeypatch):
     for prompt, message in [
         ("", "write a question"),
         ("<image>", "leave out <image>"),
-        ("a " * 600, "start a new chat"),
+        ("a " * 600, "begin a new chat"),
     ]:
         with pytest.raises(ValueError, match=message):
             list(ask(pipe, prompt))

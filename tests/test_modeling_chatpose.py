@@ -746,9 +746,13 @@ def test_generate_does_no_more_work_than_plain_llava_and_keeps_one_state_a_token
     assert work["language model"] == [rows * length] + [rows] * (steps - 1), "the prompt once, then a token a row"
     assert work["output layer"] == [rows] * steps, "the last position alone"
     assert work["pose head"] == [len(output.pose_rotmats)] == [2 * rows], "all poses at once, at the end"
-    (collector,) = collectors
     hidden_size = model.config.text_config.hidden_size
-    assert sum(state.untyped_storage().nbytes() for state in collector.states) == steps * rows * hidden_size * 4
+    # More than one block, and the last one is not full.
+    monkeypatch.setattr(modeling_chatpose, "_STEPS_A_BLOCK", 4)
+    again = model.generate(**batch, max_new_tokens=steps, return_dict_in_generate=True, logits_processor=processors)
+    assert torch.equal(again.pose_rotmats, output.pose_rotmats)
+    for collector, kept in zip(collectors, (64, 8), strict=True):
+        assert sum(block.untyped_storage().nbytes() for block in collector.blocks) == kept * rows * hidden_size * 4
     assert output.hidden_states is None
 
 

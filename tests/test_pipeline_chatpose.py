@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from chatpose_hf import ChatPosePipeline
 
@@ -85,6 +85,29 @@ def test_generate_kwargs_are_not_changed(pipe):
 def test_unclear_inputs_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
+
+
+def test_answers_end_where_the_model_reads_no_more(pipe):
+    limit = pipe.model.config.text_config.max_position_embeddings
+    word = "word "
+    words = limit // 2 // len(pipe.processor.tokenizer(10 * word)["input_ids"]) * 10
+    lengths = []
+    layer = pipe.model.model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
+    # `<POSE>`, forced, is one more token, which is said and not read.
+    never_ends = {"suppress_tokens": [pipe.processor.tokenizer.eos_token_id]}
+    try:
+        for options in ({}, {"max_new_tokens": 4 * limit}):
+            lengths.clear()
+            pipe(words * word, **never_ends, **options)
+            assert limit - 2 <= sum(lengths) <= limit
+        lengths.clear()
+        pipe("a", generation_config=GenerationConfig(max_new_tokens=3, do_sample=False))
+        assert len(lengths) <= 3
+        with pytest.raises(ValueError, match=f"fewer than {limit} tokens"):
+            pipe(2 * limit * word)
+    finally:
+        hook.remove()
 
 
 def test_save_writes_the_processor_too(pipe, tmp_path):

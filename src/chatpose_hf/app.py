@@ -224,6 +224,7 @@ def launch_app(
         "state_session_capacity": MAX_SESSIONS,
         "share": False,
         "ssr_mode": False,
+        "enable_monitoring": False,
         "run_history": False,  # would keep chats in the browser, for whoever sits there next
         "footer_links": [],
     }
@@ -235,6 +236,8 @@ def launch_app(
 def _import_gradio():
     # Otherwise Gradio tells its makers of each app that is built, launched or fails.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # And with each question it makes a table of the last 10,000, for a page that is turned off here.
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     try:
         import gradio
     except ImportError as error:
@@ -256,7 +259,6 @@ def stream_reply(
     """
     _check_question(turns[-1], pipe.processor.image_token)
     messages = make_messages(turns, pipe.processor.image_token)
-    max_new_tokens = min(max_new_tokens, _count_free_tokens(pipe, messages))
     streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     is_stopped = StoppingCriteriaList([lambda ids, *_, **__: torch.full(ids.shape[:1], stop.is_set()).to(ids.device)])
     outcome: Future = Future()
@@ -297,20 +299,6 @@ def _check_question(turn: Turn, image_token: str) -> None:
         raise ValueError(
             f"Please leave out {image_token}, the model's own sign for a picture, and upload the picture."
         )
-
-
-def _count_free_tokens(pipe: ChatPosePipeline, messages: list[dict]) -> int:
-    """How long an answer may be; beyond the lengths that it was trained on, a model babbles."""
-    processor, limit = pipe.processor, pipe.model.config.text_config.max_position_embeddings
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    used = len(processor.tokenizer(text)["input_ids"])
-    used += text.count(processor.image_token) * (processor.num_image_tokens - 1)
-    if used >= limit:
-        raise ValueError(
-            f"This chat is longer than the model reads, {used} tokens of at most {limit}. Please start a new chat, or "
-            "ask something shorter."
-        )
-    return limit - used
 
 
 def show_chat(turns: Sequence[Turn]) -> list[dict]:

@@ -38,6 +38,9 @@ from .rotations import rot6d_to_rotmat
 register_checkpoint_conversion_mapping("chatpose", get_checkpoint_conversion_mapping("llava"), overwrite=True)
 # Scores of tokens that training holds at a time: 64 MiB in float32, 524 states of a vocabulary of 32,000.
 _SCORES_AT_ONCE = 2**24
+# Steps whose states are kept in one piece. Kept one by one, so small, they would lie between what each step takes and gives back, and
+# hold that too.
+_STEPS_A_BLOCK = 64
 
 
 @dataclass
@@ -206,8 +209,28 @@ class PoseStateCollector:
     """What `generate` remembers for the pose head: one hidden state a row and step, and where the answer starts."""
 
     def __init__(self):
-        self.states: list[Tensor] = []
         self.prompt_length = 0
+        self.blocks: list[Tensor] = []  # (steps, rows, hidden_size) each, the last one filled in part
+        self.num_steps = 0
+
+    def append(self, states: Tensor) -> None:
+        """Copies the states `(rows, steps, hidden_size)` of what was generated next."""
+        for state in states.unbind(1):
+            step = self.num_steps % _STEPS_A_BLOCK
+            if step == 0:
+                self.blocks.append(state.new_empty(_STEPS_A_BLOCK, *state.shape))
+            self.blocks[-1][step] = state
+            self.num_steps += 1
+
+    def gather(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """The states `(N, hidden_size)` of rows `(N,)` at steps `(N,)`, counted from the answer's start."""
+        states = self.blocks[0].new_empty(len(rows), self.blocks[0].shape[-1])
+        rows, steps = rows.to(states.device), steps.to(states.device)
+        blocks = steps // _STEPS_A_BLOCK
+        for number, block in enumerate(self.blocks):
+            is_here = blocks == number
+            states[is_here] = block[steps[is_here] % _STEPS_A_BLOCK, rows[is_here]]
+        return states
 
 
 class ForcePoseLogitsProcessor(LogitsProcessor):
@@ -638,11 +661,9 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         # A beam's tokens were predicted in other rows than the one it ended in.
         beam_indices = output.get("beam_indices")
         rows = sequence_index if beam_indices is None else beam_indices[sequence_index, steps]
-        states = torch.cat(collector.states, dim=1)
-        device = states.device
         result = ChatPoseGenerateOutput(
             sequences=output.sequences,
-            pose_rotmats=rot6d_to_rotmat(self.pose_head(states[rows.to(device), steps.to(device)])),
+            pose_rotmats=rot6d_to_rotmat(self.pose_head(collector.gather(rows, steps))),
             pose_sequence_index=sequence_index,
             pose_token_positions=steps + collector.prompt_length,
             prompt_length=collector.prompt_length,
@@ -677,7 +698,7 @@ class ChatPoseForConditionalGeneration(LlavaForConditionalGeneration):
         if collector is not None:
             # A copy, because the next step of a compiled model overwrites its outputs. Assisted decoding runs over
             # more candidates than it accepts: the first `num_new_tokens` states predicted what was kept.
-            collector.states.append(outputs.last_hidden_state[:, :num_new_tokens].clone())
+            collector.append(outputs.last_hidden_state[:, :num_new_tokens])
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 
     def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, model_kwargs=None, **kwargs):

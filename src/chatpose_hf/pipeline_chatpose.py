@@ -65,14 +65,17 @@ class ChatPosePipeline(Pipeline):
             images (picture or `list`, *optional*): pictures of a single question.
             text (`str`, *optional*): a single question, instead of `inputs`.
             kwargs:
-                `batch_size`, `num_workers`, and anything that `generate` takes (`max_new_tokens`, 512 by default,
-                `do_sample`, `num_beams`, `force_pose`, ...). `reuse_prefix=True` keeps the keys and values of a chat, for one
+                `batch_size`, `num_workers`, and anything that `generate` takes (`max_new_tokens`, 512 by default, and fewer
+                where the model reads no more, `do_sample`, `num_beams`, `force_pose`, ...). `reuse_prefix=True` keeps the keys and values of a chat, for one
                 at a time: the next turn is charged for what is new in it alone.
 
         Returns:
             For each input what [`ChatPoseProcessor.post_process_poses`] gives: `{"text": ..., "poses": [...]}`; a list
             of them where `num_return_sequences` is more than 1. A list for lists, an iterator for generators and
             data sets.
+
+        Raises:
+            ValueError: for what is no question or chat, and for chats longer than the model reads.
         """
         if inputs is not None and text is not None:
             raise ValueError("expected the question as `inputs` or as `text`, got both")
@@ -109,10 +112,10 @@ class ChatPosePipeline(Pipeline):
     def _forward(self, model_inputs, skip_special_tokens=True, reuse_prefix=False, **generate_kwargs) -> dict:
         is_single = _is_chat(model_inputs["chat"])
         chats = [model_inputs["chat"]] if is_single else model_inputs["chat"]
-        if self.model.generation_config.max_new_tokens is None and not {"max_new_tokens", "max_length"} & set(
-            generate_kwargs
-        ):
-            generate_kwargs["max_new_tokens"] = 512  # the original chat program's limit
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        if not {"max_new_tokens", "max_length"} & generate_kwargs.keys():
+            # 512 is the original chat program's limit.
+            generate_kwargs["max_new_tokens"] = config.max_new_tokens or 512
         batch = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -121,8 +124,16 @@ class ChatPosePipeline(Pipeline):
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, dtype=self.model.dtype)
+        # Beyond the lengths that it was trained on, a model babbles.
+        limit, used = self.model.config.text_config.max_position_embeddings, int(batch["attention_mask"].sum(-1).max())
+        if used >= limit:
+            raise ValueError(
+                f"expected a chat of fewer than {limit} tokens, as many as the model reads, got {used}; begin a new chat, or "
+                "ask something shorter"
+            )
+        if generate_kwargs.get("max_new_tokens") is not None:
+            generate_kwargs["max_new_tokens"] = min(generate_kwargs["max_new_tokens"], limit - used)
         if reuse_prefix:
-            config = generate_kwargs.get("generation_config") or self.model.generation_config
             said = {name: generate_kwargs.get(name, getattr(config, name, None)) for name in _ABOUT_CACHES}
             if len(chats) * (said["num_beams"] or 1) * (said["num_return_sequences"] or 1) > 1:
                 raise ValueError(
