@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
@@ -549,7 +550,15 @@ def measure_pose_slope(args: argparse.Namespace, models: dict, bar: tqdm) -> lis
     }
     weights = (*ours.model.language_model.layers.parameters(), *ours.lm_head.parameters())
     floor = sum(weight.nbytes for weight in weights) / measure_bandwidth(args.device)
-    row |= {"floor_of_a_token_ms": floor * 1e3, "floor_percent": 100 * floor / token}
+    # What a token's matrix products take with nothing around them.
+    rows = {weight.shape[1]: weight.new_ones(1, weight.shape[1]) for weight in weights if weight.dim() == 2}
+    with torch.no_grad():
+        products = median(
+            time_call(lambda: [linear(rows[w.shape[1]], w) for w in weights if w.dim() == 2], args.device)
+            for _ in range(9)
+        )
+    row |= {"products_of_a_token_ms": products * 1e3, "floor_of_a_token_ms": floor * 1e3}
+    row["floor_percent"] = 100 * floor / token
     return [row | {"seconds_by_poses": list(seconds.items())}]
 
 
