@@ -102,7 +102,7 @@ def live_payloads(marker):
         "system": (f"cos\nsystem\n(S'touch {path}'\ntR.".encode(), "os.system"),
         "eval": (pickle.dumps({"f": Reduce(eval, f"open({path!r}, 'w')")}, 2), "__builtin__.eval"),
         "exec": (pickle.dumps([Reduce(exec, f"open({path!r}, 'w')")], 5), "builtins.exec"),
-        "array": (pickle.dumps(in_array, 2), "_?io.open"),  # Python 3.13 calls it _io.open
+        "array": (pickle.dumps(in_array, 2), f"{open.__module__}.open"),  # io, from Python 3.13 on _io
         "text": (by_text, "io.open"),
         "inst": (by_inst, "os.system"),
         "obj": (by_obj, "os.system"),

@@ -94,7 +94,6 @@ def test_answers_end_where_the_model_reads_no_more(pipe):
     lengths = []
     layer = pipe.model.model.language_model.layers[0]
     hook = layer.register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
-    # `<POSE>`, forced, is one more token, which is said and not read.
     never_ends = {"suppress_tokens": [pipe.processor.tokenizer.eos_token_id]}
     try:
         for options in ({}, {"max_new_tokens": 4 * limit}):

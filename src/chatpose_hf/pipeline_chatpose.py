@@ -66,8 +66,8 @@ class ChatPosePipeline(Pipeline):
             text (`str`, *optional*): a single question, instead of `inputs`.
             kwargs:
                 `batch_size`, `num_workers`, and anything that `generate` takes (`max_new_tokens`, 512 by default, and fewer
-                where the model reads no more, `do_sample`, `num_beams`, `force_pose`, ...). `reuse_prefix=True` keeps the keys and values of a chat, for one
-                at a time: the next turn is charged for what is new in it alone.
+                where the model reads no more, `do_sample`, `num_beams`, `force_pose`, ...). `reuse_prefix=True` keeps the
+                keys and values of a chat, for one at a time: the next turn is charged for what is new in it alone.
 
         Returns:
             For each input what [`ChatPoseProcessor.post_process_poses`] gives: `{"text": ..., "poses": [...]}`; a list
